@@ -1,0 +1,86 @@
+"""Quantities of a whole Jacobian from its blocks: several blocks of one parameter add up, parameters stand side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import combinations
+
+import torch
+
+from ._blocks import Block, size_of
+from ._typing import Tensor
+
+Blocks = Mapping[str, tuple[Block, ...]]
+
+
+def squared_norms(blocks: tuple[Block, ...]) -> Tensor:
+    """|sum of blocks|^2 of one parameter, cross terms included: (N, C)."""
+    total = sum_of([block.squared_norms() for block in blocks])
+    for left, right in combinations(blocks, 2):
+        total = total + 2 * left.inner(right)
+    return total.clamp_min(0) if len(blocks) > 1 else total
+
+
+def all_squared_norms(blocks: Blocks) -> Tensor:
+    return sum_of([squared_norms(group) for group in blocks.values()])
+
+
+def pairs(function: Callable[[Block, Block], Tensor], left: Blocks, right: Blocks) -> Tensor:
+    """The sum of `function` over all pairs of blocks that belong to one parameter: Gram matrices and inner products."""
+    return sum_of([function(a, b) for name in left for a in left[name] for b in right[name]])
+
+
+def matmul(blocks: Blocks, v: Mapping[str, Tensor]) -> Tensor:
+    """J v: {name: (*shape, k)} -> (N, C, k)."""
+    return sum_of([block.matmul(v[name]) for name, group in blocks.items() for block in group])
+
+
+def rmatmul(blocks: Blocks, u: Tensor) -> dict[str, Tensor]:
+    """J^T u: (N, C, k) -> {name: (*shape, k)}."""
+    return {name: sum_of([block.rmatmul(u) for block in group]) for name, group in blocks.items()}
+
+
+def weighted_sum(blocks: Blocks, weights: Tensor) -> dict[str, Tensor]:
+    """sum_n w[n] J[n]: {name: (C, *shape)}."""
+    return {name: sum_of([block.weighted_sum(weights) for block in group]) for name, group in blocks.items()}
+
+
+def products(left: Blocks, right: Blocks, weights: Tensor) -> dict[str, Tensor]:
+    """sum_n w[n] J[n, c] K[n, c] entry by entry: {name: (C, *shape)}."""
+    return {name: sum_of([a.products(b, weights) for a in group for b in right[name]]) for name, group in left.items()}
+
+
+def select(blocks: Blocks, index: Tensor) -> dict[str, tuple[Block, ...]]:
+    return {name: tuple(block.select(index) for block in group) for name, group in blocks.items()}
+
+
+def mixed(blocks: Blocks, matrix: Tensor) -> dict[str, tuple[Block, ...]]:
+    return {name: tuple(block.mixed(matrix) for block in group) for name, group in blocks.items()}
+
+
+def rows(group: tuple[Block, ...]) -> Tensor:
+    """The dense rows of one parameter: (N, C, *shape)."""
+    return sum_of([block.dense() for block in group])
+
+
+def write(blocks: Blocks, out: Tensor) -> None:
+    """The dense rows of all parameters into the columns of `out`, (N, C, P)."""
+    start = 0
+    for group in blocks.values():
+        width = size_of(group[0].shape)
+        for i, block in enumerate(group):
+            block.write(out[:, :, start : start + width], add=i > 0)
+        start += width
+
+
+def other_norms(blocks: Blocks, order: float) -> Tensor:
+    """Norms other than the Euclidean one, from rows formed parameter by parameter: (N, C)."""
+    each = torch.stack([torch.linalg.vector_norm(rows(group).flatten(2) if group[0].shape else rows(group)[..., None], order, -1) for group in blocks.values()])
+    return torch.linalg.vector_norm(each, order, 0)
+
+
+def sum_of(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

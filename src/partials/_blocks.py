@@ -1,0 +1,134 @@
+"""Blocks: one parameter's part of the per-sample Jacobian, and the algebra that the Jacobian is written against.
+
+Shapes: `N` samples, `C` flattened outputs, `*shape` the parameter's, `k` columns. A block never holds the user's output
+shape; `Jacobian` folds `C` back into it. Several blocks of one parameter add up.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ._typing import Shape, Tensor
+
+
+ROOM = 64 * 2**20
+"""Bytes of rows that are formed at once where a quantity needs rows for a moment."""
+
+
+class Block(ABC):
+    """One parameter's part of the Jacobian, J of shape (N, C, *shape), in whatever form costs least."""
+
+    shape: Shape
+    """The parameter's shape."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> tuple[int, int]:
+        """(N, C)."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """(N, C, *shape)."""
+
+    @abstractmethod
+    def select(self, index: Tensor) -> Block:
+        """The block of the samples in `index` (int64, (M,))."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that the block's tensors hold."""
+
+    def write(self, out: Tensor, *, add: bool = False) -> None:
+        """Write (or add) the dense rows into `out`, (N, C, p), which may be a strided view."""
+        flat = self._flat()
+        out.add_(flat) if add else out.copy_(flat)
+
+    def matmul(self, v: Tensor) -> Tensor:
+        """J v: (*shape, k) -> (N, C, k)."""
+        flat = self._flat()
+        return flat @ v.reshape(-1, v.shape[-1]).to(flat.dtype)
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        """J^T u: (N, C, k) -> (*shape, k)."""
+        flat = self._flat().flatten(0, 1)
+        return (flat.T @ u.flatten(0, 1).to(flat.dtype)).reshape(*self.shape, u.shape[-1])
+
+    def squared_norms(self) -> Tensor:
+        """|J[n, c]|^2: (N, C)."""
+        return self._by_samples(lambda block: block._flat().square().sum(-1))
+
+    def inner(self, other: Block) -> Tensor:
+        """<J[n, c], K[n, c]> for another block of the same parameter and samples: (N, C)."""
+        return self._by_samples(lambda block, its: (block._flat() * its._flat()).sum(-1), other)
+
+    def gram(self, other: Block) -> Tensor:
+        """<J[n, c], K[m, d]> for a block of the same parameter, other samples allowed: (N, C, M, D)."""
+        right = other._flat().flatten(0, 1).T
+        return self._by_samples(lambda block: (block._flat() @ right).unflatten(-1, other.rows))
+
+    def own_gram(self, other: Block) -> Tensor:
+        """<J[n, c], K[n, d]>: each sample's own (C, C) block, (N, C, C)."""
+        return self._by_samples(lambda block, its: block._flat() @ its._flat().mT, other)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """sum_n w[n] J[n, c]: (N,) -> (C, *shape)."""
+        n, c = self.rows
+        return (weights.to(self._flat().dtype) @ self._flat().flatten(1)).reshape(c, *self.shape)
+
+    def products(self, other: Block, weights: Tensor) -> Tensor:
+        """sum_n w[n] J[n, c] * K[n, c], entry by entry: (C, *shape)."""
+        flat = self._flat() * other._flat() * weights[:, None, None]
+        return flat.sum(0).reshape(-1, *self.shape)
+
+    def scaled(self, weights: Tensor) -> Block:
+        """The block of w[n, c] J[n, c]."""
+        return Dense(self.dense() * weights.reshape(*self.rows, *(1,) * len(self.shape)))
+
+    def mixed(self, matrix: Tensor) -> Block:
+        """The block of sum_d H[n, c, d] J[n, d], for H of shape (N, C', C)."""
+        return Dense((matrix @ self._flat()).reshape(*matrix.shape[:2], *self.shape))
+
+    def _flat(self) -> Tensor:
+        """(N, C, p)."""
+        return self.dense().reshape(*self.rows, size_of(self.shape))
+
+    def _by_samples(self, function: Callable[..., Tensor], *others: Block) -> Tensor:
+        """`function` of the blocks of a few samples at a time, so that formed rows stay below `ROOM` bytes."""
+        n, c = self.rows
+        step = max(1, ROOM // max(1, 8 * c * size_of(self.shape)))
+        if n <= step:
+            return function(self, *others)
+        pieces = torch.arange(n).split(step)
+        return torch.cat([function(self.select(piece), *(other.select(piece) for other in others)) for piece in pieces])
+
+
+@dataclass(frozen=True)
+class Dense(Block):
+    """The rows themselves: `values` of shape (N, C, *shape)."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return tuple(self.values.shape[2:])
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    def dense(self) -> Tensor:
+        return self.values
+
+    def select(self, index: Tensor) -> Block:
+        return Dense(self.values.index_select(0, index.to(self.values.device)))
+
+    def nbytes(self) -> int:
+        return self.values.numel() * self.values.element_size()
+
+
+def size_of(shape: Shape) -> int:
+    return int(torch.Size(shape).numel())

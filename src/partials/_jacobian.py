@@ -1,0 +1,239 @@
+"""`Jacobian`: the per-sample Jacobian with respect to parameters, a linear operator of shape (N, *out, P)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from . import _algebra
+from ._blocks import size_of
+from ._errors import InputError, MemoryBudgetError, listed
+from ._input_jacobian import InputJacobian
+from ._plan import human_bytes
+from ._rows import AbstractJacobian, Origin, Transposed
+from ._solve import least_squares
+from ._stack import Stack
+from ._typing import Shape, Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Jacobian(AbstractJacobian):
+    """d output / d parameters for every sample: what `partials.jacobian` returns.
+
+    Index letters: N samples, `*out` the output shape of one sample, P parameter entries in the order of `names`, each
+    flattened in C order. Quantities are computed from the blocks; dense rows are formed only where they are asked for.
+
+    >>> import torch, partials as pt
+    >>> model = torch.nn.Linear(3, 2)
+    >>> J = pt.jacobian(model, torch.randn(5, 3))
+    >>> J.shape, J["weight"].shape, J.norms().shape
+    ((5, 2, 8), torch.Size([5, 2, 2, 3]), torch.Size([5, 2]))
+    """
+
+    inputs: InputJacobian | None = None
+    """The rows with respect to inputs, where `wrt` named inputs beside parameters."""
+    leaves: Mapping[str, Tensor] = field(default_factory=dict)
+    """The user's parameters by name, for `accumulate_grad`."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str) and self.inputs is not None and key in self.inputs:
+            return self.inputs[key]
+        return super().__getitem__(key)
+
+    def dict(self) -> dict[str, Tensor]:
+        """The dense rows by name, inputs first: {name: (N, *out, *shape)}."""
+        return {**({} if self.inputs is None else self.inputs.dict()), **super().dict()}
+
+    def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """J v: (P,), (P, k) or tensors by name -> (N, *out) or (N, *out, k)."""
+        parts, columns = self.columns.vector(v)
+        with self._reading():
+            found = self._fold(_algebra.matmul(self.blocks, parts))
+        return found if columns else found.squeeze(-1)
+
+    @property
+    def T(self) -> Transposed:
+        """`J.T @ u`: (N, *out) or (N, *out, k) -> (P,) or (P, k)."""
+        return Transposed(self._rmatmul, (self.columns.width, *self._lead))
+
+    H = T
+
+    def _rmatmul(self, u: Tensor) -> Tensor:
+        columns = u.ndim == len(self._lead) + 1
+        self._expect("u", u.shape[:-1] if columns else u.shape, self._lead)
+        with self._reading():
+            found = self.columns.join(_algebra.rmatmul(self.blocks, u.reshape(*self._flat, -1)), 0)
+        return found if columns else found.squeeze(-1)
+
+    def gram(self, other: Jacobian | None = None) -> Tensor:
+        """J K^T, the (empirical tangent) kernel of all rows with all rows: (N, *out, M, *out). `other` has the same parameters."""
+        right = self if other is None else other
+        _same_columns([self, right])
+        with self._reading(), right._reading():
+            found = _algebra.pairs(lambda a, b: a.gram(b), self.blocks, right.blocks)
+            return found.reshape(*self._lead, *right._lead)
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        """sum_n w[n] J[n], weights (N,), all ones by default: (*out, P)."""
+        w = self._ones() if weights is None else weights.to(self.values)
+        self._expect("weights", w.shape, (len(self),))
+        with self._reading():
+            return self.columns.join(_algebra.weighted_sum(self.blocks, w), 1).reshape(*self.out, -1)
+
+    def mean(self) -> Tensor:
+        """The mean over samples: (*out, P). NaN where N = 0, as in torch."""
+        return self.sum() / len(self) if len(self) else self.sum() * torch.nan
+
+    def variance(self, correction: int = 1) -> Tensor:
+        """The variance of every entry over samples, divided by N - correction: (*out, P)."""
+        n = len(self)
+        with self._reading():
+            ones, mean = self._ones(), self.mean()
+            shift = self.columns.split(mean.reshape(-1, self.columns.width), 1)
+            squares = {
+                name: _algebra.sum_of([_centred(block, shift[name] / len(group)) for block in group])
+                if len(group) == 1
+                else ((_algebra.rows(group) - shift[name]).square() * ones.reshape(-1, *(1,) * shift[name].ndim)).sum(0)
+                for name, group in self.blocks.items()
+            }
+            return self.columns.join(squares, 1).reshape(*self.out, -1) / max(n - correction, 0)
+
+    def diagonal(self, H: Tensor | None = None) -> Tensor:
+        """diag(J^T H J), H (N, C, C) over flattened outputs, the identity by default: (P,). The GGN's or Fisher's diagonal."""
+        with self._reading():
+            left = self.blocks if H is None else _algebra.mixed(self.blocks, self._matrices(H))
+            return self.columns.join(_algebra.products(left, self.blocks, self._ones()), 1).sum(0)
+
+    def normal(self, H: Tensor | None = None) -> Tensor:
+        """J^T H J dense, (P, P), for small P only: MemoryBudgetError above 4 GiB."""
+        width = self.columns.width
+        if width * width * 8 > 4 * 2**30:
+            raise MemoryBudgetError(
+                "J^T H J is too large to be formed", got=f"P = {width}: {human_bytes(8.0 * width * width)}", expected="at most 4 GiB", hint="J.ggn(H) @ v, or J.diagonal(H)"
+            )
+        rows = self.dense().reshape(*self._flat, width)
+        left = rows if H is None else self._matrices(H).mT @ rows
+        return left.flatten(0, 1).T @ rows.flatten(0, 1)
+
+    def ggn(self, H: Tensor | None = None) -> Transposed:
+        """J^T H J as an operator: `J.ggn(H) @ v`, v (P,), (P, k) or by name -> (P,) or (P, k)."""
+        matrices = None if H is None else self._matrices(H)
+
+        def apply(v: Any) -> Tensor:
+            columns = not isinstance(v, Mapping) and v.ndim == 2
+            u = (self @ v).reshape(*self._flat, -1)
+            u = (u if matrices is None else matrices @ u).reshape(*self._lead, -1)
+            return self.T @ (u if columns else u.squeeze(-1))
+
+        return Transposed(apply, (self.columns.width, self.columns.width))
+
+    def clipped_sum(self, max_norm: float, per: str = "all", return_norms: bool = False) -> Any:
+        """sum_n min(1, max_norm / |J[n]|) J[n] of scalar outputs: (P,); zeros for N = 0.
+
+        `per="parameter"` clips each parameter's part by its own norm. With `return_norms`, also the norms before clipping,
+        (N,) or {name: (N,)}. (Abadi et al. 2016, "Deep learning with differential privacy", eq. 1.)
+
+        Raises
+        ------
+        InputError
+            for outputs that are not scalar, an unknown `per`, a max_norm that is not positive, or rows that are not finite.
+        """
+        if size_of(self.out) != 1:
+            raise InputError("clipped_sum needs one scalar per sample", got=f"output shape {self.out}", expected="()", hint="pt.gradient(f, x, target, loss=...)")
+        if per not in ("all", "parameter") or not max_norm > 0:
+            raise InputError("clipped_sum is not understood", got=f"max_norm={max_norm!r}, per={per!r}", expected='a positive max_norm, per="all" or "parameter"')
+        with self._reading():
+            squares = {name: _algebra.squared_norms(group) for name, group in self.blocks.items()}
+            if per == "all":
+                total = _algebra.sum_of(list(squares.values()))
+                squares = dict.fromkeys(squares, total)
+            for name, square in squares.items():
+                bad = (~square.isfinite()).flatten().nonzero().flatten().tolist()
+                if bad:
+                    raise InputError("clipped_sum met rows that are not finite", got=f"samples {listed(bad)} of {name!r}", expected="finite gradients", hint="drop these samples: J[mask]")
+            # (a scalar factor for each sample folds into the cotangent: one product per parameter)
+            norms = {name: square.clamp_min(0).sqrt() for name, square in squares.items()}
+            parts = {
+                name: _algebra.sum_of([block.rmatmul((max_norm / norms[name]).clamp(max=1).unsqueeze(-1)) for block in group])
+                for name, group in self.blocks.items()
+            }
+            clipped = self.columns.join(parts, 0).squeeze(-1)
+        if not return_norms:
+            return clipped
+        by_name = {name: norm.squeeze(1) for name, norm in norms.items()}
+        return clipped, (next(iter(by_name.values())) if per == "all" else by_name)
+
+    def solve(self, r: Tensor, damping: float) -> Tensor:
+        """argmin_d |J d - r|^2 + damping |d|^2 for r (N, *out): (P,), by whichever of J^T J and J J^T is smaller."""
+        self._expect("r", r.shape, self._lead)
+        return least_squares(self, r, damping)
+
+    def accumulate_grad(self, weights: Tensor | None = None) -> None:
+        """Add sum_n w[n] J[n] of scalar outputs into `p.grad` of every parameter, as a backward of the weighted sum would."""
+        if size_of(self.out) != 1:
+            raise InputError("accumulate_grad needs one scalar per sample", got=f"output shape {self.out}", expected="()", hint="J.T @ u, unflattened")
+        not_leaves = [name for name, tensor in self.leaves.items() if not tensor.is_leaf or not tensor.requires_grad]
+        if not_leaves:
+            raise InputError("some parameters have no .grad to add to", got=listed(not_leaves), expected="leaf tensors that require grad")
+        total = self.unflatten(self.sum(weights).reshape(-1))
+        for name, parameter in self.leaves.items():
+            part = total[name].to(parameter.dtype)
+            parameter.grad = part if parameter.grad is None else parameter.grad + part
+
+    def _ones(self) -> Tensor:
+        return self.values.new_ones(len(self))
+
+    def _matrices(self, H: Tensor) -> Tensor:
+        n, c = self._flat
+        self._expect("H", H.shape, (n, c, c))
+        return H
+
+    def _expect(self, what: str, got: Sequence[int], expected: Shape) -> None:
+        if tuple(got) != tuple(expected):
+            raise InputError(f"{what} has another shape than the Jacobian asks for", got=f"shape {tuple(got)}", expected=f"shape {tuple(expected)}")
+
+
+def concat(jacobians: Sequence[Jacobian], weights: Sequence[float] | None = None) -> Jacobian:
+    """Stack Jacobians over samples: rows of different batches, or of different residuals of the same parameters.
+
+    `weights` multiplies each one's values and rows (1/sqrt(N_i) in least squares). Gram matrices of the result hold the cross
+    blocks.
+
+    Raises
+    ------
+    InputError
+        if parameters or output shapes differ, or if there is nothing to stack.
+    """
+    parts = list(jacobians)
+    if not parts:
+        raise InputError("there is nothing to stack", got="an empty sequence", expected="at least one Jacobian")
+    _same_columns(parts)
+    if len({(J.out, J.batched) for J in parts}) > 1 or not parts[0].batched:
+        raise InputError("the outputs differ in shape", got=listed(J.out for J in parts), expected="one output shape, batched")
+    factors = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
+    if len(factors) != len(parts):
+        raise InputError("weights do not fit the Jacobians", got=f"{len(factors)} weights", expected=f"{len(parts)}, one for each Jacobian")
+    stacked = {}
+    for name in parts[0].names:
+        groups = [
+            tuple(block if w == 1 else block.scaled(J.values.new_full(J._flat, w)) for block in J.blocks[name]) for J, w in zip(parts, factors, strict=True)
+        ]
+        stacked[name] = (Stack(tuple(groups)),)
+    values = torch.cat([J.values * w if w != 1 else J.values for J, w in zip(parts, factors, strict=True)])
+    sources = tuple(source for J in parts for source in J.origin.sources)
+    return replace(parts[0], values=values, blocks=stacked, aux=None, inputs=None, origin=Origin(sources=sources))
+
+
+def _same_columns(jacobians: Sequence[Jacobian]) -> None:
+    first = jacobians[0].columns.shapes
+    for J in jacobians[1:]:
+        if dict(J.columns.shapes) != dict(first):
+            raise InputError("the Jacobians have different parameters", got=listed(J.names), expected=listed(first))
+
+
+def _centred(block: Any, mean: Tensor) -> Tensor:
+    """sum_n (J[n] - mean)^2 of one block: shifted before squaring, so that nothing cancels. (C, *shape)."""
+    return (block.dense() - mean).square().sum(0)  # type: ignore[no-any-return]

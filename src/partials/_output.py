@@ -1,0 +1,151 @@
+"""What f returned: picking one tensor of it, and the sentences for what has no per-sample Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import vmap
+
+from ._errors import InputError, OutputError, listed
+from ._signature import rebuild, walk
+from ._typing import Tensor
+
+
+@dataclass(frozen=True)
+class Picker:
+    """Takes the one tensor to differentiate out of whatever f returns.
+
+    `choice` is a key, an index, an attribute name or a callable; None demands that there is only one. Where a loss is
+    chained behind the function, the choice is made before the loss (`select`) and the loss's answer is taken as it is.
+    """
+
+    choice: Any
+    function: str
+    chained: bool = False
+
+    def __call__(self, returned: Any) -> Tensor:
+        if self.chained:
+            return _tensor(returned, f"the loss of {self.function}")
+        return _tensor(self.select(returned), self.function)
+
+    def select(self, returned: Any) -> Any:
+        """The chosen part of f's output."""
+        if self.choice is None:
+            return _only(returned, self.function)
+        if callable(self.choice):
+            return self.choice(returned)
+        try:
+            if isinstance(self.choice, str) and not (isinstance(returned, Mapping) and self.choice in returned):
+                return getattr(returned, self.choice)
+            return returned[self.choice]
+        except (AttributeError, KeyError, IndexError, TypeError):
+            raise OutputError(
+                f"output={self.choice!r} is not in what {self.function} returned", got=_described(returned), expected="a key, index or attribute of it"
+            ) from None
+
+
+def check_output(out: Tensor, size: int, function: str, *, batched: bool) -> Tensor:
+    """`out` if it is a real floating tensor with `size` samples along dimension 0; else the sentence that says what it is."""
+    if out.is_complex():
+        raise OutputError(
+            f"{function} returned complex numbers, which are not supported yet", got=str(out.dtype), expected="a real tensor", hint="torch.view_as_real in f"
+        )
+    if not out.is_floating_point():
+        raise OutputError(f"{function} returned an integer tensor", got=str(out.dtype), expected="a floating-point tensor", hint="return the scores, not the classes")
+    if not batched:
+        return out
+    if out.ndim == 0:
+        raise OutputError(
+            f"{function} returned one number for the whole batch",
+            got=f"a 0-d tensor for {size} samples",
+            expected=f"a tensor whose dimension 0 is the sample, of size {size}",
+            hint="reduction='none' in the loss, or pt.gradient(model, x, target, loss=...), which applies it to each sample",
+        )
+    if out.shape[0] != size:
+        raise OutputError(
+            f"the output of {function} has no sample dimension",
+            got=f"shape {tuple(out.shape)} for {size} samples",
+            expected=f"dimension 0 of size {size}",
+            hint="return samples first; in_dims for inputs that hold them elsewhere or not at all; torch.vmap(f) for a one-sample f; batched=False for one sample",
+        )
+    return out
+
+
+def per_sample_loss(loss: Any) -> Any:
+    """`loss` as a function of the batch that gives (N,) or more: applied to `output[n:n+1], target[n:n+1]` for each n.
+
+    Raises
+    ------
+    InputError
+        for a loss module whose class weights cancel within one sample: a weighted mean over a single entry is w*l/w = l.
+    """
+    if isinstance(loss, nn.Module) and getattr(loss, "weight", None) is not None and getattr(loss, "reduction", None) == "mean":
+        raise InputError(
+            f"{type(loss).__name__} with class weights and reduction='mean' loses the weights within one sample (w*l/w = l)",
+            got="weight=..., reduction='mean'",
+            expected="a loss whose per-sample value keeps the weight",
+            hint=f"{type(loss).__name__}(weight=..., reduction='sum')",
+        )
+
+    def one(output: Tensor, target: Any) -> Any:
+        tensors = [tensor.unsqueeze(0) for _, tensor in walk(target, "target")]
+        return loss(output.unsqueeze(0), rebuild(target, iter(tensors)))
+
+    def batch_loss(output: Tensor, target: Any) -> Tensor:
+        if not len(output):
+            return output.new_zeros(0)
+        try:
+            return vmap(one, randomness="different")(output, target)  # type: ignore[no-any-return]
+        except RuntimeError:  # a loss that vmap cannot run; if it is the loss's own error, the loop raises it again
+            parts = [tensor.unbind() for _, tensor in walk(target, "target")]
+            samples = (rebuild(target, iter([part[n] for part in parts])) for n in range(len(output)))
+            return torch.stack([one(o, t) for o, t in zip(output.unbind(), samples, strict=True)])
+
+    return batch_loss
+
+
+def _only(returned: Any, function: str) -> Any:
+    if isinstance(returned, Tensor):
+        return returned
+    inside = list(walk(_fields(returned), ""))
+    if isinstance(returned, tuple | list | Mapping) or inside:
+        if len(inside) == 1 and isinstance(returned, tuple | list):
+            return inside[0][1]
+        raise OutputError(
+            f"{function} returned several outputs" if len(inside) != 1 else f"{function} returned a container",
+            got=_described(returned),
+            expected="one tensor",
+            hint=f"output={_first_key(returned)!r}, or a callable that picks it",
+        )
+    return returned
+
+
+def _tensor(value: Any, function: str) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    raise OutputError(f"{function} returned no tensor", got=type(value).__name__, expected="a floating-point tensor, samples first", hint="output= to pick it")
+
+
+def _fields(returned: Any) -> Any:
+    if isinstance(returned, Tensor | tuple | list | Mapping) or not hasattr(returned, "__dict__"):
+        return returned
+    return dict(vars(returned))
+
+
+def _described(returned: Any) -> str:
+    if isinstance(returned, Mapping):
+        return f"{type(returned).__name__} with keys {listed(returned)}"
+    if isinstance(returned, tuple | list):
+        return f"{type(returned).__name__} of {len(returned)}"
+    return type(returned).__name__
+
+
+def _first_key(returned: Any) -> Any:
+    fields = _fields(returned)
+    if isinstance(fields, Mapping):
+        return next(iter(fields), "name")
+    return 0

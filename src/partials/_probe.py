@@ -1,0 +1,147 @@
+"""Facts about a function from one forward of a single sample: output shape, operations, FLOPs, saved bytes, random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from ._errors import OutputError, RandomnessError
+from ._output import check_output
+from ._problem import Problem
+from ._signature import first_tensor
+from ._state import rng_kept
+from ._typing import Tensor
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a forward of `samples` samples did."""
+
+    out_shape: tuple[int, ...]
+    dtype: torch.dtype
+    operations: int
+    flops: int
+    saved_bytes: int
+    samples: int
+    random: tuple[str, ...]
+    single_error: Exception | None = None
+    """Why f cannot be called with one sample, where it cannot though it can with the whole batch."""
+    forward_unsafe: tuple[str, ...] = ()
+    """Operations whose forward-mode derivative differs from the reverse-mode one."""
+
+    @property
+    def outputs(self) -> int:
+        return int(torch.Size(self.out_shape).numel())
+
+
+def look(problem: Problem) -> Facts:
+    """Run f once on one sample (on the batch where f refuses a single sample), leaving no trace."""
+    with problem.running("looking at one sample"), rng_kept(problem.targets[0].tensor.device):
+        tensors = problem.tensors(fresh=True)
+        if problem.size == 0 or not problem.batched:
+            return _measure(problem, tensors, None)
+        leaves, cut = problem.sample(0, tensors)
+        try:
+            return _measure(problem, cut, leaves)
+        except OutputError:
+            problem.values()  # on the whole batch the sentence has the user's own numbers
+            raise
+        except Exception as single:
+            try:
+                whole = _measure(problem, tensors, None)
+            except Exception as error:
+                raise error from None
+            return Facts(**{**vars(whole), "single_error": single})
+
+
+def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] | None) -> Facts:
+    size = problem.size if leaves is None else 1
+    counter, before = _Counter(), _random_state()
+    with counter, counter.saving():
+        out = problem(tensors, leaves)
+    if not counter.random and before != _random_state():
+        counter.random["an operation that torch's function modes do not see"] = None
+    check_output(out, size, problem.name, batched=problem.batched)
+    return Facts(
+        tuple(out.shape[1:]), out.dtype, counter.operations, counter.flops, counter.saved, max(size, 1), tuple(counter.random), None, tuple(counter.unsafe)
+    )
+
+
+def demand_policy(problem: Problem, facts: Facts) -> None:
+    """With randomness="error", random numbers are an error that names the operation."""
+    if facts.random and problem.randomness == "error":
+        raise RandomnessError(
+            f"{problem.name} draws random numbers ({', '.join(facts.random)}) and no policy for them was given",
+            got='randomness="error" (the default)',
+            expected="a function without random numbers, or a policy",
+            hint='module.eval(), or randomness="model" (the masks that f itself would draw), "same" or "different" (as in vmap)',
+        )
+
+
+class _Counter(TorchFunctionMode):
+    """Counts what the torch functions that it sees do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.flops = self.saved = 0
+        self.random: dict[str, None] = {}
+        self.unsafe: dict[str, None] = {}
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        state = _random_state() if _may_be_random(func) else None
+        out = func(*args, **kwargs)
+        result = first_tensor(out)
+        if result is not None:
+            self.operations += 1
+            self.flops += _flops(func, args, kwargs, result)
+        if state is not None and state != _random_state():
+            self.random[(resolve_name(func) or getattr(func, "__name__", "a random operation")).removeprefix("torch.")] = None
+        if func is F.embedding and (kwargs.get("padding_idx") is not None or (len(args) > 2 and args[2] is not None)):
+            self.unsafe["embedding with padding_idx"] = None
+        return out
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in self.seen:
+                self.seen.add(tensor.data_ptr())
+                self.saved += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+
+_RANDOM_WORDS = ("drop", "rand", "bernoulli", "normal", "multinomial", "poisson", "uniform", "exponential", "cauchy", "geometric", "rrelu")
+_PRODUCTS = ("linear", "conv", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "attention", "lstm", "gru", "rnn", "bilinear")
+
+
+def _may_be_random(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return any(word in name for word in (*_RANDOM_WORDS, "attention", "lstm", "gru", "rnn"))
+
+
+def _random_state() -> bytes:
+    """The state of the CPU's generator, and of the current CUDA device's where CUDA is in use."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+    return b"".join(state.numpy().tobytes() for state in states)
+
+
+def _flops(func: Any, args: Any, kwargs: Any, result: Tensor) -> int:
+    """Two per multiply-add where an operation is a product, one per entry elsewhere: enough to rank methods."""
+    name = getattr(func, "__name__", "")
+    if not any(word in name for word in _PRODUCTS):
+        return result.numel()
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim]
+    if "conv" in name and len(tensors) > 1:
+        return 2 * result.numel() * max(tensors[1][0].numel(), 1)
+    return 2 * result.numel() * max((t.shape[-1] for t in tensors[:2]), default=1)

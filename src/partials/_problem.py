@@ -1,0 +1,221 @@
+"""The problem: what was asked, as data. Every rule of what is differentiated ends here, and every method starts here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._errors import InputError, listed
+from ._output import Picker, check_output
+from ._signature import Leaf, argument_names, batch_size, checked_dim, explicit_dims, lookup, rebuild, usable
+from ._state import untouched
+from ._substitute import call_with
+from ._targets import Target, arguments_of, choose, name_of, shared_by_convention
+from ._typing import Function, Tensor
+
+RANDOMNESS = ("error", "model", "same", "different")
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """d f(inputs) / d targets for `size` samples.
+
+    Calling it runs the function: `problem()` on the batch, `problem(tensors)` with other tensors for the targets,
+    `problem(leaves=...)` with other inputs; the answer always has the sample dimension first.
+    """
+
+    function: Function
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: tuple[Leaf, ...]
+    targets: tuple[Target, ...]
+    aliases: Mapping[str, str]
+    size: int
+    batched: bool
+    picker: Picker
+    randomness: str = "error"
+    create_graph: bool = False
+    module: nn.Module | None = None
+    """The module whose parameters are differentiated, where there is one."""
+    loss_target: Any = None
+    """The last positional input where a loss reads it; it is not passed to the function."""
+    budget: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> tuple[Target, ...]:
+        return tuple(t for t in self.targets if t.kind == "parameter")
+
+    @property
+    def inputs(self) -> tuple[Target, ...]:
+        return tuple(t for t in self.targets if t.kind == "input")
+
+    @property
+    def dims(self) -> list[int | None]:
+        return [leaf.dim for leaf in self.leaves]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.targets[0].tensor.dtype
+
+    def tensors(self, *, fresh: bool = False, requires_grad: bool = True) -> dict[str, Tensor]:
+        """A tensor for each target to differentiate with respect to: the user's own where it requires grad, else an alias.
+
+        With `fresh`, always a detached alias that shares memory and carries no hooks, no `.grad` and no history.
+        """
+        return {
+            t.name: t.tensor if t.tensor.requires_grad and not fresh else usable(t.tensor).detach().requires_grad_(requires_grad)
+            for t in self.targets
+        }
+
+    def sample(self, n: int, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The leaves of sample n alone (a batch of one), and the targets with the inputs among them cut likewise."""
+        leaves = [leaf.tensor if leaf.dim is None else leaf.tensor.narrow(leaf.dim, n, 1) for leaf in self.leaves]
+        cut = dict(tensors)
+        for target in self.inputs:
+            piece = tensors[target.name]
+            if self.batched:
+                piece = piece.narrow(self.dim_of(target), n, 1)
+            cut[target.name] = piece if self.create_graph else piece.detach().requires_grad_()
+        return leaves, cut
+
+    def dim_of(self, target: Target) -> int:
+        """The sample dimension of an input target."""
+        dim = next(leaf.dim for leaf in self.leaves if leaf.name == target.leaf)
+        return 0 if dim is None else dim
+
+    def shape_of(self, target: Target) -> tuple[int, ...]:
+        """The shape of a target's part in one row of the Jacobian: an input's without its sample dimension."""
+        shape = list(target.tensor.shape)
+        if target.kind == "input" and self.batched:
+            del shape[self.dim_of(target)]
+        return tuple(shape)
+
+    def __call__(self, tensors: Mapping[str, Tensor] | None = None, leaves: Sequence[Tensor] | None = None) -> Tensor:
+        """f's output, (N, *out), whatever `tensors` and `leaves` stand in for the user's."""
+        out = self.picker(self.raw(tensors, leaves)[0])
+        return out if self.batched else out.unsqueeze(0)
+
+    def raw(self, tensors: Mapping[str, Tensor] | None = None, leaves: Sequence[Tensor] | None = None) -> tuple[Any, Any]:
+        """(what the function with its loss returns, what the function alone returns)."""
+        values = [leaf.tensor for leaf in self.leaves] if leaves is None else list(leaves)
+        outside: list[tuple[Tensor, Tensor]] = []
+        if tensors is not None:
+            slots = {leaf.name: i for i, leaf in enumerate(self.leaves)}
+            for target in self.targets:
+                given = tensors[target.name]
+                if target.leaf is not None:
+                    values[slots[target.leaf]] = given
+                elif given is not target.tensor:
+                    outside.append((target.tensor, given))
+        if tensors is None and leaves is None:
+            args, kwargs, wanted = self.args, self.kwargs, self.loss_target
+        else:
+            args, kwargs, wanted = rebuild((self.args, self.kwargs, self.loss_target), iter(values))
+        returned = call_with(self.function, outside, args, kwargs, attached=self.create_graph)
+        loss: Callable[[Any, Any], Any] | None = self.options.get("loss")
+        return (returned if loss is None else loss(self.picker.select(returned), wanted)), returned
+
+    def values(self) -> Tensor:
+        """f's output on the user's own batch, checked: (N, *out)."""
+        return check_output(self(), self.size, self.name, batched=self.batched)
+
+    @contextmanager
+    def running(self, doing: str) -> Iterator[None]:
+        """Gradients on, inference mode off, the module's buffers as they were afterwards; f's own errors get a note."""
+        with torch.inference_mode(False), torch.enable_grad(), untouched(self.module):
+            try:
+                yield
+            except Exception as error:
+                note = f"partials was {doing} for {self.name} ({self.size} samples)"
+                if note not in getattr(error, "__notes__", ()):
+                    error.add_note(note)
+                raise
+
+
+def normalise(
+    f: Function,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    params: Any = None,
+    wrt: Any = None,
+    in_dims: Any = 0,
+    batched: bool = True,
+    output: Any = None,
+    randomness: str = "error",
+    create_graph: bool = False,
+    budget: int | None = None,
+    loss: Callable[..., Any] | None = None,
+    has_target: bool = False,
+) -> Problem:
+    """A call, checked and turned into a `Problem`."""
+    if not callable(f):
+        raise InputError("the function is not callable", got=type(f).__name__, expected="an nn.Module or a callable", hint="pt.jacobian(f, x)")
+    if randomness not in RANDOMNESS:
+        raise InputError(f"randomness={randomness!r} is unknown", got=repr(randomness), expected=f"one of: {listed(RANDOMNESS)}")
+    args, kwargs = tuple(args), dict(kwargs)
+    names = argument_names(f, len(args) - has_target) + ["target"] * has_target
+    arguments = [(name, usable(tensor)) for name, tensor in arguments_of(names, args, kwargs)]
+    if any(tensor.is_inference() for _, tensor in arguments_of(names, args, kwargs)):
+        args, kwargs = rebuild((args, kwargs), iter([tensor for _, tensor in arguments]))
+    explicit = explicit_dims(in_dims, names, args, kwargs) if batched else {}
+    differentiable = [(name, tensor) for name, tensor in arguments if not (has_target and _under(name, "target"))]
+    targets, aliases = choose(f, differentiable, params, wrt, explicit if batched else {name: None for name, _ in arguments})
+    if not batched:
+        targets = [Target(t.name, t.tensor, _kind_unbatched(t, arguments, params, f), t.leaf) for t in targets]
+    shared = {t.leaf for t in targets if t.kind == "parameter"} | shared_by_convention(arguments, targets)
+    leaves = tuple(Leaf(n, n.partition(".")[0], t, _dim(n, t, explicit, shared) if batched else None) for n, t in arguments)
+    return Problem(
+        function=f,
+        name=name_of(f),
+        args=args[:-1] if has_target else args,
+        kwargs=kwargs,
+        leaves=_in_call_order(leaves, has_target),
+        targets=tuple(targets),
+        aliases=aliases,
+        size=batch_size(list(leaves), name_of(f)) if batched else 1,
+        batched=batched,
+        picker=Picker(output, name_of(f), chained=loss is not None),
+        randomness=randomness,
+        create_graph=create_graph,
+        module=f if isinstance(f, nn.Module) else params if isinstance(params, nn.Module) else None,
+        loss_target=args[-1] if has_target else None,
+        budget=budget,
+        options={} if loss is None else {"loss": loss},
+    )
+
+
+def _dim(name: str, tensor: Tensor, explicit: dict[str, int | None] | int | None, shared: set[str | None]) -> int | None:
+    if isinstance(explicit, dict):
+        found, dim = lookup(explicit, name)
+        if found:
+            return checked_dim(dim, tensor, name)
+        default: int | None = 0
+    else:
+        default = explicit
+    if name in shared or tensor.ndim == 0:
+        return None
+    return checked_dim(default, tensor, name)
+
+
+def _kind_unbatched(target: Target, arguments: list[tuple[str, Tensor]], params: Any, f: Function) -> Any:
+    """For one sample an argument of a function is a parameter like any other; a module's or closure's input stays an input."""
+    return target.kind if params is not None or isinstance(f, nn.Module) else "parameter"
+
+
+def _in_call_order(leaves: tuple[Leaf, ...], has_target: bool) -> tuple[Leaf, ...]:
+    """The order in which `rebuild` meets them: arguments, keywords, and the loss's target last."""
+    if not has_target:
+        return leaves
+    return tuple(leaf for leaf in leaves if not _under(leaf.name, "target")) + tuple(leaf for leaf in leaves if _under(leaf.name, "target"))
+
+
+def _under(name: str, container: str) -> bool:
+    return name == container or name.startswith(f"{container}.")

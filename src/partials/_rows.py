@@ -1,0 +1,224 @@
+"""What every Jacobian has, with respect to parameters or to inputs: values, names, rows, norms, the plan, the check."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from . import _algebra
+from ._algebra import Blocks
+from ._blocks import size_of
+from ._columns import Columns
+from ._errors import InputError, MethodError, PartialsError
+from ._plan import Plan, human_bytes
+from ._typing import Shape, Tensor
+
+if TYPE_CHECKING:
+    from .checks.report import Report
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a Jacobian comes from: the problem it answers (as a closure that checks it) and what it must find unchanged."""
+
+    check: Callable[[Any, str], Report] | None = None
+    sources: tuple[tuple[str, Tensor, int], ...] = ()
+    """Tensors that are read again by quantities, with the version they had."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AbstractJacobian(ABC):
+    """Rows d output[n] / d target, one for each sample n and output entry, held in blocks."""
+
+    values: Tensor
+    """f's output: (N, *out); (*out) for a single sample (`batched=False`)."""
+    blocks: Blocks
+    columns: Columns
+    plan: Plan
+    batched: bool = True
+    attached: bool = False
+    """Whether results carry a graph (`create_graph=True`)."""
+    aux: Any = None
+    origin: Origin = field(default_factory=Origin)
+
+    @property
+    def out(self) -> Shape:
+        """The output shape of one sample."""
+        return tuple(self.values.shape[1:] if self.batched else self.values.shape)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.columns.shapes)
+
+    @property
+    def shape(self) -> Shape:
+        """(N, *out, P)."""
+        return (*self._lead, self.columns.width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return int(self.values.shape[0]) if self.batched else 1
+
+    def __getitem__(self, key: Any) -> Any:
+        """`J[name]`: the dense rows of one parameter, (N, *out, *shape). `J[index]`: the Jacobian of the chosen samples."""
+        if isinstance(key, str):
+            return self._rows_of(key)
+        return self._select(key)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns.shapes or name in self.columns.aliases
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("a Jacobian is not iterable; J.names are its parameters, J[n] its samples")
+
+    def dict(self) -> dict[str, Tensor]:
+        """The dense rows by name: {name: (N, *out, *shape)}."""
+        return {name: self._rows_of(name) for name in self.names}
+
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        """The dense Jacobian, (N, *out, P); with `out=`, written into that tensor without a temporary of its size.
+
+        Raises
+        ------
+        InputError
+            if `out` has another shape, dtype or device.
+        """
+        with self._reading():
+            if self.attached:
+                return self._fold(torch.cat([_algebra.rows(group).reshape(*self._flat, -1) for group in self.blocks.values()], -1))
+            if out is None:
+                out = torch.empty(self.shape, dtype=self._dtype_of_rows(), device=self.device)
+            elif tuple(out.shape) != self.shape or out.dtype != self._dtype_of_rows() or out.device != self.device:
+                raise InputError(
+                    "out= does not fit the Jacobian",
+                    got=f"shape {tuple(out.shape)}, {out.dtype}, {out.device}",
+                    expected=f"shape {self.shape}, {self._dtype_of_rows()}, {self.device}",
+                )
+            flat = out.view(*self._flat, self.columns.width) if out.is_contiguous() else out.new_empty(*self._flat, self.columns.width)
+            _algebra.write(self.blocks, flat)
+            return out if out.is_contiguous() else out.copy_(flat.reshape(self.shape))
+
+    def norms(self, ord: float = 2) -> Tensor:
+        """The norm of every row over all parameters together: (N, *out)."""
+        with self._reading():
+            if ord == 2:
+                return self._fold(_root(_algebra.all_squared_norms(self.blocks)))
+            return self._fold(_algebra.other_norms(self.blocks, ord))
+
+    def gram_blocks(self) -> Tensor:
+        """Each sample's own block of J J^T: (N, *out, *out)."""
+        with self._reading():
+            found = _algebra.pairs(lambda a, b: a.own_gram(b), self.blocks, self.blocks)
+            return found.reshape(*self._lead, *self.out)
+
+    def unflatten(self, t: Tensor) -> dict[str, Tensor]:
+        """A tensor with a flat P axis first, (P,) or (P, k), by name: {name: (*shape) or (*shape, k)}."""
+        return self.columns.split(t, 0)
+
+    def check(self, level: str = "quick") -> Report:
+        """Compare this Jacobian with one ordinary backward, and samples of it with a batch of one. See `partials.check`."""
+        if self.origin.check is None:
+            raise MethodError("a Jacobian of chosen or joined samples has no function to be checked against", hint="check the Jacobians it came from")
+        return self.origin.check(self, level)
+
+    def __repr__(self) -> str:
+        held = sum(block.nbytes() for group in self.blocks.values() for block in group)
+        rows = size_of(self.shape) * torch.finfo(self.dtype).bits // 8
+        lines = [f"{type(self).__name__} {self.shape} {self.dtype} on {self.device}: {human_bytes(held)} held, {human_bytes(rows)} dense"]
+        names = list(self.columns.shapes.items())
+        lines += [f"  {name:<32} {shape}" for name, shape in names[:12]]
+        lines += [f"  ... and {len(names) - 12} more"] * (len(names) > 12)
+        return "\n".join([*lines, f"  by {self.plan.method}" + (f", in chunks of {self.plan.chunk}" if self.plan.chunk else "")])
+
+    @property
+    def _lead(self) -> Shape:
+        return (len(self), *self.out) if self.batched else self.out
+
+    @property
+    def _flat(self) -> tuple[int, int]:
+        """(N, C)."""
+        return len(self), size_of(self.out)
+
+    def _fold(self, t: Tensor) -> Tensor:
+        """(N, C, ...) -> (N, *out, ...)."""
+        return t.reshape(*self._lead, *t.shape[2:])
+
+    def _dtype_of_rows(self) -> torch.dtype:
+        found = self.dtype
+        for group in self.blocks.values():
+            found = torch.promote_types(found, group[0].select(torch.arange(0)).dense().dtype)
+        return found
+
+    def _rows_of(self, name: str) -> Tensor:
+        with self._reading():
+            return self._fold(_algebra.rows(self.blocks[self.columns.name(name)]))
+
+    def _select(self, key: Any) -> Self:
+        if not self.batched:
+            raise InputError("a Jacobian of a single sample has no samples to choose", got=repr(key), expected="a parameter name")
+        n = len(self)
+        try:
+            index = torch.arange(n)[key.cpu() if isinstance(key, Tensor) else key].reshape(-1)
+        except (IndexError, TypeError) as error:
+            raise InputError("the index does not choose samples", got=f"{key!r}", expected=f"an int, slice, list, mask or int64 tensor within {n} samples") from error
+        with self._reading():
+            chosen = _algebra.select(self.blocks, index)
+            values = self.values.index_select(0, index.to(self.device))
+        return replace(self, values=values, blocks=chosen, aux=None, origin=replace(self.origin, check=None))
+
+    def _reading(self) -> AbstractContextManager[Any]:
+        """Before factors are read: what they alias must be unchanged; gradients are recorded only where results carry them."""
+        for name, tensor, version in self.origin.sources:
+            if tensor._version != version:
+                raise StaleError(
+                    f"{name} has been changed in place since this Jacobian was computed, and its factors read it",
+                    got=f"version {tensor._version}",
+                    expected=f"version {version}",
+                    hint="compute the Jacobian again, or take what you need from it (dense, norms, ...) before the change",
+                )
+        return torch.enable_grad() if self.attached else torch.no_grad()
+
+    @abstractmethod
+    def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """J v."""
+
+    @property
+    @abstractmethod
+    def T(self) -> Transposed:
+        """The transpose: `J.T @ u`."""
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """J^T, an operator that knows one thing: `@`."""
+
+    apply: Callable[[Tensor], Tensor]
+    shape: Shape
+
+    def __matmul__(self, u: Tensor) -> Tensor:
+        return self.apply(u)
+
+
+class StaleError(PartialsError, RuntimeError):
+    """A Jacobian's factors alias a tensor that has been changed since."""
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root, with derivative zero (not NaN) where a row is zero and a graph is kept."""
+    if not squares.requires_grad:
+        return squares.sqrt()
+    zero = squares == 0
+    return torch.where(zero, torch.zeros_like(squares), torch.where(zero, torch.ones_like(squares), squares).sqrt())

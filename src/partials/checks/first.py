@@ -1,0 +1,1 @@
+POLICIES = ("first", "always", "never")

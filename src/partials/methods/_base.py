@@ -1,0 +1,116 @@
+"""What a method is: a name, a verdict on a problem, and a run that gives values and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .._blocks import Block, Dense
+from .._plan import Cost, Verdict
+from .._probe import Facts
+from .._problem import Problem, Target
+from .._typing import Tensor
+
+
+@dataclass
+class Computed:
+    """A method's answer: f's output (N, *out), and for each target the blocks that add up to its rows."""
+
+    values: Tensor
+    blocks: dict[str, tuple[Block, ...]]
+    notes: list[str] = field(default_factory=list)
+    aux: Any = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One complete way to the Jacobian."""
+
+    name: str
+    summary: str
+    verdict: Callable[[Problem, Facts], Verdict]
+    run: Callable[[Problem, Facts, int | None], Computed]
+
+
+class Rows:
+    """Where the rows of every target are collected: (N, C, *shape) each, written in place unless they must carry a graph."""
+
+    def __init__(self, problem: Problem, outputs: int) -> None:
+        self.problem, self.outputs = problem, outputs
+        self.filled: dict[str, Tensor] = {}
+        self.parts: dict[tuple[str, int, int], Tensor] = {}
+        if not problem.create_graph:
+            for t in problem.targets:
+                self.filled[t.name] = t.tensor.new_zeros(problem.size, outputs, *problem.shape_of(t))
+
+    def put(self, target: Target, n: int, c: int, row: Tensor | None) -> None:
+        """The row of sample n and output c; None is a row of zeros."""
+        if row is None:
+            return
+        if self.filled:
+            self.filled[target.name][n, c] = row.detach()
+        else:
+            self.parts[target.name, n, c] = row
+
+    def blocks(self) -> dict[str, tuple[Block, ...]]:
+        if self.filled:
+            return {name: (Dense(values),) for name, values in self.filled.items()}
+        size, problem = (self.problem.size, self.outputs), self.problem
+        done: dict[str, tuple[Block, ...]] = {}
+        for t in problem.targets:
+            zero = t.tensor.new_zeros(problem.shape_of(t))
+            rows = [self.parts.get((t.name, n, c), zero) for n in range(size[0]) for c in range(size[1])]
+            done[t.name] = (Dense(torch.stack(rows).unflatten(0, size)),)
+        return done
+
+
+def own_part(problem: Problem, target: Target, gradient: Tensor | None, n: int) -> Tensor | None:
+    """The part of a whole batch's gradient that belongs to sample n: all of it for a parameter, one slice for an input."""
+    if gradient is None or target.kind == "parameter" or not problem.batched:
+        return gradient
+    return gradient.select(problem.dim_of(target), n)
+
+
+def entries(problem: Problem) -> int:
+    """P, inputs counted per sample."""
+    return sum(int(torch.Size(problem.shape_of(t)).numel()) for t in problem.targets)
+
+
+def result_bytes(problem: Problem, facts: Facts) -> int:
+    return problem.size * facts.outputs * entries(problem) * torch.finfo(problem.dtype).bits // 8
+
+
+def per_sample(facts: Facts) -> tuple[float, float]:
+    """FLOPs and saved bytes of one forward of one sample."""
+    return facts.flops / facts.samples, facts.saved_bytes / facts.samples
+
+
+def reverse_cost(problem: Problem, facts: Facts) -> Cost:
+    """One vector-Jacobian product of the whole batch for every row: what `grad`, `backward` and `jacobian` do."""
+    rows = problem.size * facts.outputs
+    flops, saved = per_sample(facts)
+    return Cost(
+        passes=1 + rows,
+        launches=(1 + 2 * rows) * facts.operations,
+        flops=int((1 + 2 * rows) * flops * problem.size),
+        bytes=int(result_bytes(problem, facts) + problem.size * saved),
+    )
+
+
+def no_pieces(problem: Problem, facts: Facts) -> str:
+    """Why a method that cuts the batch into samples cannot run, or ""."""
+    if facts.single_error is not None:
+        return f"f cannot be called with one sample ({type(facts.single_error).__name__}: {str(facts.single_error).splitlines()[0]})"
+    if problem.randomness == "model":
+        return 'randomness="model" needs the masks of the whole batch, and this method runs samples apart'
+    return ""
+
+
+def no_policy(problem: Problem) -> str:
+    """Why a method that runs the whole batch at once cannot follow the randomness policy, or ""."""
+    if problem.randomness in ("same", "different"):
+        return f'randomness="{problem.randomness}" is a policy for samples run apart, and this method runs the batch as it is'
+    return ""

@@ -1,0 +1,50 @@
+"""`grad`: one forward of the batch, then one vector-Jacobian product for every entry of the output."""
+
+from __future__ import annotations
+
+from .._errors import MixingError
+from .._output import check_output
+from .._plan import Verdict
+from .._probe import Facts
+from .._problem import Problem, Target
+from .._typing import Tensor
+from ._base import Computed, Method, Rows, no_policy, own_part, reverse_cost
+from .loop import gradients
+
+
+def verdict(problem: Problem, facts: Facts) -> Verdict:
+    if reason := no_policy(problem):
+        return Verdict("grad", reason)
+    return Verdict("grad", "a reverse pass of the whole batch for every row", reverse_cost(problem, facts))
+
+
+def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
+    tensors = problem.tensors()
+    rows = Rows(problem, facts.outputs)
+    out = check_output(problem(tensors), problem.size, problem.name, batched=problem.batched)
+    flat = out.reshape(problem.size, -1)
+    for n in range(problem.size):
+        for c in range(facts.outputs):
+            for target, gradient in zip(problem.targets, gradients(flat[n, c], tensors, create_graph=problem.create_graph), strict=True):
+                stays_apart(problem, target, gradient, n)
+                rows.put(target, n, c, own_part(problem, target, gradient, n))
+    return Computed(out if problem.create_graph else out.detach(), rows.blocks())
+
+
+def stays_apart(problem: Problem, target: Target, gradient: Tensor | None, n: int) -> None:
+    """A sample's output has no derivative in another sample's input, or MixingError."""
+    if gradient is None or target.kind == "parameter" or not problem.batched:
+        return
+    dim = problem.dim_of(target)
+    others = gradient.detach().clone()
+    others.select(dim, n).zero_()
+    if bool((others != 0).any()):
+        raise MixingError(
+            f"{problem.name} mixes samples: the output of sample {n} depends on input {target.name!r} of other samples",
+            got=f"a derivative of up to {others.abs().max():.3g} across samples",
+            expected="zero: each output depends on its own sample",
+            hint="module.eval() for batch norm; batched=False to treat the whole batch as one sample",
+        )
+
+
+METHOD = Method("grad", "torch.autograd.grad, one vector-Jacobian product per output entry", verdict, run)

@@ -1,0 +1,61 @@
+"""What all tests share: device and dtype from the environment, fixed seeds, slow and cuda tests, hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+
+class _TorchRandom:
+    """Torch's generator in the form that hypothesis resets before each example, so that what failed fails again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_RANDOM = _TorchRandom()  # hypothesis holds it by a weak reference only
+hypothesis.register_random(_RANDOM)
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20)
+hypothesis.settings.register_profile("all", deadline=None, max_examples=300, print_blob=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the slow tests too, and more examples of each property")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--hypothesis-profile"):
+        hypothesis.settings.load_profile("all" if config.getoption("--run-slow") else "ci")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips = {}
+    if not config.getoption("--run-slow"):
+        skips["slow"] = pytest.mark.skip(reason="slow: runs with --run-slow")
+    if not torch.cuda.is_available():
+        skips["cuda"] = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        for name, skip in skips.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where tensors live: the variable DEVICE, else the CPU."""
+    return torch.device(os.environ.get("DEVICE", "cpu"))
+
+
+@pytest.fixture
+def dtype() -> torch.dtype:
+    """The floating-point type: the variable DTYPE, else float64."""
+    return getattr(torch, os.environ.get("DTYPE", "float64"))
