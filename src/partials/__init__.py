@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ._jacobian import Jacobian, concat
     from ._plan import Plan
     from .checks.report import Report
+    from .rules import rule
     from .taylor import biharmonic, curl, derivatives, directional, divergence, hessian, laplacian, partial
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ _HOMES = {
     "jacobian": "._api",
     "laplacian": ".taylor",
     "partial": ".taylor",
+    "rule": ".rules",
 }
 """Where each public name lives: modules are loaded on first use, so that the command line's --help needs no torch."""
 
@@ -88,6 +90,7 @@ __all__ = [
     "jacobian",
     "laplacian",
     "partial",
+    "rule",
 ]
 
 

@@ -75,8 +75,9 @@ def write(blocks: Blocks, out: Tensor) -> None:
 
 def other_norms(blocks: Blocks, order: float) -> Tensor:
     """Norms other than the Euclidean one, from rows formed parameter by parameter: (N, C)."""
-    each = torch.stack([torch.linalg.vector_norm(rows(group).flatten(2) if group[0].shape else rows(group)[..., None], order, -1) for group in blocks.values()])
-    return torch.linalg.vector_norm(each, order, 0)
+    flat = [rows(group).reshape(*group[0].rows, size_of(group[0].shape)) for group in blocks.values()]
+    each = [torch.linalg.vector_norm(part, order, -1) for part in flat if part.shape[-1]]
+    return torch.linalg.vector_norm(torch.stack(each), order, 0) if each else flat[0].sum(-1)
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:

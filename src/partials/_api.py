@@ -223,7 +223,7 @@ def _gradient_problem(f: Function, inputs: tuple[Any, ...], keywords: dict[str, 
         inputs = (*inputs, keywords.pop("target"))
     if len(inputs) + len(keywords) < 2:
         raise InputError("a loss needs a target", got=f"{len(inputs)} input", expected="the target as the last positional input", hint="pt.gradient(model, x, target, loss=...)")
-    return normalise(f, inputs, keywords, loss=per_sample_loss(loss), has_target=True, **asked)
+    return normalise(f, inputs, keywords, loss=per_sample_loss(loss, batched=asked.get("batched", True)), has_target=True, **asked)
 
 
 def _keywords(kwargs: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Block(ABC):
     def matmul(self, v: Tensor) -> Tensor:
         """J v: (*shape, k) -> (N, C, k)."""
         flat = self._flat()
-        return flat @ v.reshape(-1, v.shape[-1]).to(flat.dtype)
+        return flat @ v.reshape(size_of(self.shape), v.shape[-1]).to(flat.dtype)
 
     def rmatmul(self, u: Tensor) -> Tensor:
         """J^T u: (N, C, k) -> (*shape, k)."""
@@ -82,7 +82,7 @@ class Block(ABC):
     def products(self, other: Block, weights: Tensor) -> Tensor:
         """sum_n w[n] J[n, c] * K[n, c], entry by entry: (C, *shape)."""
         flat = self._flat() * other._flat() * weights[:, None, None]
-        return flat.sum(0).reshape(-1, *self.shape)
+        return flat.sum(0).reshape(flat.shape[1], *self.shape)
 
     def scaled(self, weights: Tensor) -> Block:
         """The block of w[n, c] J[n, c]."""

@@ -39,7 +39,7 @@ class Columns:
             )
         parts = flat.split([size_of(shape) for shape in self.shapes.values()], lead)
         return {
-            name: part.reshape(*flat.shape[:lead], *shape, *flat.shape[lead + 1 :])
+            name: part.reshape((*flat.shape[:lead], *shape, *flat.shape[lead + 1 :]))
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 

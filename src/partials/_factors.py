@@ -1,73 +1,275 @@
-"""Outer: the block of a weight, kept as the inputs that it saw and the cotangents that came back.
+"""Outer: the block of a weight matrix, kept as the inputs that it met and the cotangents that came back.
 
-Two formulas serve every product of two such blocks. *By pairs* never forms a row: <g (x) a, h (x) b> = (a.b)(g.h), summed over pairs of
-positions. *By rows* forms the rows of a few samples at a time. The cheaper in multiplications is taken, tiles keep both within `CHUNK` bytes.
-Such products of float16 and bfloat16 factors are computed and returned in float32, since their squares overflow and their sums
-cancel; rows and J v, J^T u keep the dtype of the factors.
+Two formulas serve every product of two such blocks. *By pairs* forms no row: <g (x) a, h (x) b> = (a.b)(g.h), summed over pairs of
+positions. *By rows* forms the rows of a few samples at a time. The one with fewer multiplications is taken; both keep to a `budget`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import prod
 from typing import Literal, TypeAlias, TypeGuard, final
 
 import torch
 
 from ._blocks import Block
-from ._gather import Gather, cat, in_chunks, rows_at, widest
+from ._gather import Gather, across, budget, cat, contracted, each, folded, in_chunks, in_tiles, lookup, own, widest
 from ._typing import Shape, Tensor
 
 Layout: TypeAlias = Literal["oi", "io"]
 Join: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-LONG = 4096
-"""From here on vector_norm, which sums without pairing, loses digits that `sum` keeps."""
-
 
 @final
 @dataclass(frozen=True, eq=False)
 class Outer(Block):
-    """J[n, c] = sum_t g[n, c, t] (x) a[n, t], in each group of a weight that is stored as (G, O, I), "oi", or as (G, I, O), "io"."""
+    """J[n, c] = sum_t g[n, c, t] (x) a[n, t], in each of G groups, of a weight stored as (G, O, I), "oi", or as (G, I, O), "io".
+
+    Norms, inner products and Grams of half-precision factors are computed and returned in float32; the rest keeps their dtype.
+    """
 
     a: Tensor
-    """(N, T, G, I): what the weight was multiplied with."""
+    """(N, T, G, I)."""
     g: Tensor
-    """(N, C, T, G, O): the cotangents of the products, in the dtype of `a`."""
+    """(N, C, T, G, O), in the dtype of `a`."""
     shape: Shape
+    """The weight's, whose entries in order are those of (G, O, I) or (G, I, O)."""
     layout: Layout = "oi"
 
     @property
     def rows(self) -> tuple[int, int]:
         return self.g.shape[0], self.g.shape[1]
 
+    def select(self, index: Tensor) -> Outer:
+        return replace(self, a=self.a.index_select(0, index), g=self.g.index_select(0, index))
+
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.g.nbytes
+
     def dense(self) -> Tensor:
         return self._formed().reshape(*self.rows, *self.shape)
 
     def write(self, out: Tensor, *, add: bool = False) -> None:
-        target = out.view(*self.rows, *self._stored)  # (N, C, G, O, I) or (N, C, G, I, O)
+        target = out.view(*self.rows, *self._stored)
         if self.a.shape[1] == 1 and out.dtype == self.g.dtype and not _tracked(self.a, self.g, out):
             left, right = self._sides()
             target.addcmul_(left, right) if add else torch.mul(left, right, out=target)
             return
-        for s in in_chunks(len(out), self._row_bytes * self.rows[1], self.g, cached=True):
+        for s in in_chunks(len(out), 2 * self._sample_bytes, self.g):
             rows = self._at(s)._formed()
             target[s].add_(rows) if add else target[s].copy_(rows)
 
     def matmul(self, v: Tensor) -> Tensor:
-        (n, c), (t, groups, o, i), k = self.rows, self._sizes, v.shape[-1]
-        v = v.to(self.g.dtype)
-        if c * i * (t + k) < t * k * (i + c) and self._row_bytes * c <= CHUNK:
-            flat = v.reshape(-1, k)
-            return cat([self._at(s)._formed().flatten(2) @ flat for s in self._row_chunks()])
+        k, v = v.shape[-1], v.to(self.g.dtype)
+        if self._forms_for(k):
+            return cat([rows.flatten(2) @ v.reshape(prod(self._stored), k) for _, rows in self._formed_in_chunks()])
         v = v.reshape(*self._stored, k)
-        columns = in_chunks(k, n * t * groups * o * self.g.element_size(), self.g)
-        return cat([self._applied(v[..., s]) for s in columns], -1)
+        return cat([self._applied(v[..., columns]) for columns in self._columns(k)], -1)
 
     def rmatmul(self, u: Tensor) -> Tensor:
-        (n, c), (t, groups, o, i), k = self.rows, self._sizes, u.shape[-1]
-        u = u.to(self.g.dtype)
-        if c * i * (t + k) < t * k * (i + c) and self._row_bytes * c <= CHUNK:
-            ...
-        columns = in_chunks(k, n * t * groups * o * self.g.element_size(), self.g)
-        return cat([self._pulled(u[..., s]) for s in columns], -1).reshape(*self.shape, k)
+        k, u = u.shape[-1], u.to(self.g.dtype)
+        if self._forms_for(k):
+            parts = (rows.flatten(2).flatten(0, 1).T @ u[s].flatten(0, 1) for s, rows in self._formed_in_chunks())
+            return reduce(torch.add, parts).view(*self.shape, k)
+        return cat([self._pulled(u[..., columns]) for columns in self._columns(k)], -1).reshape(*self.shape, k)
+
+    def squared_norms(self) -> Tensor:
+        return self.inner(self)
+
+    def inner(self, other: Block) -> Tensor:
+        if isinstance(other, Gather):
+            return other.inner(self)
+        if not self._fits(other):
+            return super().inner(other)
+        left, right = _widened(self, other)
+        if left.a.shape[1] == right.a.shape[1] == 1:
+            alike = _dots(left.a, right.a)  # (N, 1, G)
+            return (alike * _dots(left.g, right.g).squeeze(2)).sum(-1)
+        return _joined(left, right, each, left.rows[1])
+
+    def own_gram(self, other: Block) -> Tensor:
+        if isinstance(other, Gather):
+            return other.own_gram(self).mT
+        if not self._fits(other):
+            return super().own_gram(other)
+        left, right = _widened(self, other)
+        return _joined(left, right, own, left.rows[1] * right.rows[1])
+
+    def gram(self, other: Block) -> Tensor:
+        if isinstance(other, Gather):
+            return other.gram(self).permute(2, 3, 0, 1)
+        if not self._fits(other):
+            return super().gram(other)
+        left, right = _widened(self, other)
+        (t, groups, _), s = left.a.shape[1:], right.a.shape[1]
+        if t * s * groups == 1:
+            return across(left.g, right.g) * (left.a[:, 0, 0] @ right.a[:, 0, 0].T)[:, None, :, None]
+        return _gram(left, right)
+
+    @property
+    def _stored(self) -> Shape:
+        groups, i, o = self.a.shape[2], self.a.shape[3], self.g.shape[4]
+        return (groups, o, i) if self.layout == "oi" else (groups, i, o)
+
+    @property
+    def _sample_bytes(self) -> int:
+        """Of one sample's rows."""
+        return self.rows[1] * prod(self._stored) * self.g.element_size()
+
+    def _fits(self, other: Block) -> TypeGuard[Outer]:
+        return isinstance(other, Outer) and other.layout == self.layout and other._stored == self._stored
+
+    def _at(self, samples: slice) -> Outer:
+        return replace(self, a=self.a[samples], g=self.g[samples])
+
+    def _features(self, outputs: slice) -> Outer:
+        """A part of the output features: for `_formed` only, the shape is still the whole weight's."""
+        return replace(self, g=self.g[..., outputs])
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """T = 1: two tensors whose product is `_formed`."""
+        row, column = (-1, -2) if self.layout == "oi" else (-2, -1)
+        return self.g[:, :, 0].unsqueeze(row), self.a.unsqueeze(column)
+
+    def _formed(self) -> Tensor:
+        """The rows as they are stored: (N, C, G, O, I) or (N, C, G, I, O)."""
+        if self.a.shape[1] == 1:
+            left, right = self._sides()
+            return left * right
+        return torch.einsum(f"nctgo,ntgi->ncg{self.layout}", self.g, self.a)
+
+    def _formed_in_chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        return ((s, self._at(s)._formed()) for s in in_chunks(len(self.g), self._sample_bytes, self.g))
+
+    def _forms_for(self, k: int) -> bool:
+        """Are rows cheaper for a product with k columns? They cost c*t*o*i to form and c*k*o*i to multiply."""
+        (t, _, i), c = self.a.shape[1:], self.rows[1]
+        return c * i * (t + k) < k * t * (i + c) and self._sample_bytes <= budget(self.g)
+
+    def _columns(self, k: int) -> Iterator[slice]:
+        n, _, t, groups, o = self.g.shape
+        return in_chunks(k, n * t * groups * o * self.g.element_size(), self.g)
+
+    def _applied(self, v: Tensor) -> Tensor:
+        """J v by v a: (*stored, k) to (N, C, k)."""
+        seen = torch.einsum(f"ntgi,g{self.layout}k->ntgok", self.a, v)
+        return contracted(self.g, seen)
+
+    def _pulled(self, u: Tensor) -> Tensor:
+        """J^T u by u g: (N, C, k) to (*stored, k)."""
+        return torch.einsum(f"ntgok,ntgi->g{self.layout}k", folded(self.g, u), self.a)
+
+    def _met(self, a: Tensor) -> Tensor:
+        """Each sample's J applied to inputs (N, T, G, I) of its own: (N, C, T, G, O)."""
+        alike = torch.einsum("ntgi,nsgi->ngts", a, self.a)
+        return torch.einsum("ngts,ncsgo->nctgo", alike, self.g)
+
+
+@lookup.register
+def _(block: Outer) -> Callable[[Tensor], Tensor]:
+    a, g = widest(block.a, block.g)
+    if block._stored != (1, *block.shape):
+        return lookup.dispatch(Block)(replace(block, a=a, g=g))
+    a, g = a.squeeze(-2), g.squeeze(-2)  # (N, T, I), (N, C, T, O)
+    n, c, t, _ = g.shape
+
+    def rows_at(index: Tensor) -> Tensor:
+        if block.layout == "oi":
+            met = g.gather(3, index[:, None, None].expand(n, c, t, -1))
+            return torch.einsum("ncts,nti->ncsi", met, a)
+        met = a.gather(2, index[:, None].expand(n, t, -1))
+        return torch.einsum("nts,ncto->ncso", met, g)
+
+    return lambda index: cat([rows_at(index[:, s]) for s in in_chunks(index.shape[1], n * c * t * g.element_size(), g)], 2)
+
+
+# Products of two blocks' rows of one sample; `join` (`each` or `own`) takes (N, C, ...) and (N, D, ...), and is summed over parts of `...`.
+
+
+def _joined(left: Outer, right: Outer, join: Join, products: int) -> Tensor:
+    (_, c, t, _, o), (_, d, s, _, _), i = left.g.shape, right.g.shape, left.a.shape[3]
+    pairs = t * s * (i + d * o) + t * o * products
+    rows = (t * c + s * d * (right is not left) + products) * i * o
+    return _joined_by_rows(left, right, join) if rows < pairs else _joined_by_pairs(left, right, join)
+
+
+def _joined_by_pairs(left: Outer, right: Outer, join: Join) -> Tensor:
+    n, d, s, groups, o = right.g.shape
+    t, size, parts = left.a.shape[1], groups * (s + 2 * d * o) * right.g.element_size(), []
+    for samples in in_chunks(n, t * size, left.g):
+        mine, theirs = left._at(samples), right._at(samples)
+        tiles = in_chunks(t, len(mine.g) * size, left.g)
+        parts.append(reduce(torch.add, (join(mine.g[:, :, w], theirs._met(mine.a[:, w])) for w in tiles)))
+    return cat(parts)
+
+
+def _joined_by_rows(left: Outer, right: Outer, join: Join) -> Tensor:
+    parts = []
+    for s in in_chunks(len(left.g), left._sample_bytes + right._sample_bytes, left.g):
+        mine = left._at(s)
+        parts.append(_summed_over_pieces(mine, mine if right is left else right._at(s), join))
+    return cat(parts)
+
+
+# Products of all samples with all.
+
+
+def _gram(left: Outer, right: Outer) -> Tensor:
+    (n, c, t, _, o), (m, d, s, _, _), i = left.g.shape, right.g.shape, left.a.shape[3]
+    pairs = t * s * (i + d * o) + t * c * d * o  # for each (n, m)
+    mirrored = t * s * (i + c * o) + s * c * d * o
+    rows = (t * c / max(1, m) + s * d / max(1, n) + c * d) * i * o
+    if rows < min(pairs, mirrored):
+        return _gram_by_rows(left, right)
+    return _gram_by_pairs(left, right) if pairs <= mirrored else _gram_by_pairs(right, left).permute(2, 3, 0, 1)
+
+
+def _gram_by_pairs(left: Outer, right: Outer) -> Tensor:
+    def tile(n: slice, m: slice) -> Tensor:
+        alike = torch.einsum("ntgi,msgi->gntms", left.a[n], right.a[m])
+        met = torch.einsum("gntms,mdsgo->ntgomd", alike, right.g[m])
+        return torch.einsum("nctgo,ntgomd->ncmd", left.g[n], met)
+
+    (n, _, t, groups, o), (m, d, s, _, _) = left.g.shape, right.g.shape
+    return in_tiles(tile, n, m, groups * t * (s + 2 * d * o) * left.g.element_size(), left.g)
+
+
+def _gram_by_rows(left: Outer, right: Outer) -> Tensor:
+    def strips(block: Outer) -> Iterator[slice]:
+        wide = min(prod(block._stored), max(2048, block.a.shape[2:].numel()))  # enough entries for a matrix product to be worth its sum
+        return in_chunks(len(block.g), 2 * wide * block.rows[1] * block.g.element_size(), block.g)
+
+    def tile(n: slice, m: slice) -> Tensor:
+        mine = left._at(n)
+        return _summed_over_pieces(mine, mine if right is left and n == m else right._at(m), across)
+
+    return cat([cat([tile(n, m) for m in strips(right)], 2) for n in strips(left)])
+
+
+def _summed_over_pieces(left: Outer, right: Outer, join: Join) -> Tensor:
+    """`join` of the rows of both blocks, of which a few output features are formed at a time."""
+    o = left.g.shape[4]
+    size = (left._sample_bytes * len(left.g) + right._sample_bytes * len(right.g)) // max(1, o)
+    pieces = ((left._features(w), right._features(w)) for w in in_chunks(o, size, left.g))
+    formed = ((x._formed(), y) for x, y in pieces)
+    return reduce(torch.add, (join(x, x if right is left else y._formed()) for x, y in formed))
+
+
+def _widened(left: Outer, right: Outer) -> tuple[Outer, Outer]:
+    a, g, b, h = widest(left.a, left.g, right.a, right.g)
+    wide = replace(left, a=a, g=g)
+    return wide, wide if right is left else replace(right, a=b, g=h)
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    """x.y over the last dimension; |x|^2 in one pass where no gradient is wanted and few enough are summed for its plain order."""
+    if x is y and x.shape[-1] <= 4096 and not _tracked(x):
+        norms: Tensor = torch.linalg.vector_norm(x, dim=-1)
+        return norms.square()
+    return (x * y).sum(-1)
+
+
+def _tracked(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -1,27 +1,34 @@
-"""Gather: the block of an embedding table, kept as the rows that were looked up and the cotangents that came back.
+"""Gather: the block of an embedding table, kept as the indices that were looked up and the cotangents that came back.
 
-Every product with another block, of whatever class, comes down to that block's rows at the indices of this one (`rows_at`), so that nothing
-of the size of the table is formed outside `dense` and `write`.
+A product with any other block comes down to that block's parameter rows at the indices of this one (`lookup`), so that nothing of the
+size of the table is formed, except in `dense` and `write`. The functions at the end bound the temporaries of every factored block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce, singledispatch
+from math import isqrt
 from typing import final
 
 import torch
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad
 
 from ._blocks import Block
 from ._typing import Shape, Tensor
+
+VISIT, CALL = 32, 5_000_000
+"""What it costs to look an entry up, and to make a round in Python, in multiplications of a matrix product."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Gather(Block):
-    """J[n, c][index[n, t]] = sum_t g[n, c, t], a table's rows; entries with a negative index are ignored."""
+    """J[n, c][index[n, t]] = sum_t g[n, c, t], rows of a table; entries with a negative index are ignored.
+
+    Norms, inner products and Grams of half-precision cotangents are computed and returned in float32; the rest keeps their dtype.
+    """
 
     index: Tensor
     """(N, T), int64."""
@@ -34,17 +41,15 @@ class Gather(Block):
     def rows(self) -> tuple[int, int]:
         return self.g.shape[0], self.g.shape[1]
 
-    def select(self, index: Tensor) -> Block:
+    def select(self, index: Tensor) -> Gather:
         return replace(self, index=self.index.index_select(0, index), g=self.g.index_select(0, index))
 
     def nbytes(self) -> int:
-        return nbytes(self.index) + nbytes(self.g)
+        return self.index.nbytes + self.g.nbytes
 
     def dense(self) -> Tensor:
-        (n, c), (size, _) = self.rows, self.shape
         index, g = self._kept()
-        row = torch.arange(n * c, device=index.device).view(n, c, 1) * size + index.unsqueeze(1)  # (N, C, T)
-        return _summed(g, row, n * c * size).view(n, c, *self.shape)
+        return _summed_apart(g, index, self.shape[0])
 
     def write(self, out: Tensor, *, add: bool = False) -> None:
         index, g = self._kept()
@@ -52,18 +57,191 @@ class Gather(Block):
         target.scatter_add_(2, index[:, None, :, None].expand_as(g), g.to(out.dtype))
 
     def matmul(self, v: Tensor) -> Tensor:
-        index, g = self._kept()
-        seen = embedding(index, v.to(g.dtype).flatten(1)).unflatten(-1, v.shape[1:])  # (N, T, E, k)
-        return torch.einsum("ncte,ntek->nck", g, seen)
+        (index, g), table = self._kept(), v.to(self.g.dtype).flatten(1)
+        chunks = in_chunks(len(g), index.shape[1] * table[:1].nbytes, g)
+        return cat([contracted(g[s], embedding(index[s], table).unflatten(-1, v.shape[1:])) for s in chunks])
 
     def rmatmul(self, u: Tensor) -> Tensor:
-        index, g = self._kept()
-        folded = torch.einsum("ncte,nck->ntek", g, u.to(g.dtype)).flatten(2)
-        return _summed(folded, index, self.shape[0]).view(*self.shape, u.shape[-1])
+        (index, g), u = self._kept(), u.to(self.g.dtype)
+        chunks = in_chunks(u.shape[-1], g[:, :1].nbytes, g)
+        parts = (folded(g, u[..., columns]) for columns in chunks)  # (N, T, E, k)
+        return cat([_summed(part.flatten(2), index, self.shape[0]).view(*self.shape, -1) for part in parts], -1)
 
     def squared_norms(self) -> Tensor:
-        parts = [self._at(s)._slots()[1].square().sum((2, 3)) for s in self._chunks(1)]
-        return cat(parts)
+        chunks = in_chunks(len(self.g), 2 * self.g[:1].nbytes, self.g)
+        return cat([self._at(s)._sums()[1].square().sum((2, 3)) for s in chunks])
 
     def inner(self, other: Block) -> Tensor:
-        ...
+        index, g = self._kept()
+        return each(*widest(g, lookup(other)(index)))
+
+    def own_gram(self, other: Block) -> Tensor:
+        index, g = self._kept()
+        return own(g, lookup(other)(index))
+
+    def gram(self, other: Block) -> Tensor:
+        (n, c), (m, d), (v, e), t = self.rows, other.rows, self.shape, self.index.shape[1]
+        alone = n * (CALL + t * (VISIT + c) * m * d * e)  # for each sample the rows that it looked up, of `other` too
+        together = min(v, n * t) * (VISIT + n * c) * m * d * e  # once for all samples
+        if isinstance(other, Gather) and n * c * t * m * d * other.index.shape[1] * (8 + e) < min(alone, together):
+            return _gram_by_pairs(self, other)
+        return _gram_by_rows(self, other, 1 if alone < together else n)
+
+    def _at(self, samples: slice) -> Gather:
+        return replace(self, index=self.index[samples], g=self.g[samples])
+
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        """Index and cotangents in which the ignored entries are zeros for row 0."""
+        ignored = self.index < 0
+        if self.index.device.type == "cpu" and not ignored.any():
+            return self.index, self.g
+        return self.index.clamp_min(0), self.g.masked_fill(ignored[:, None, :, None], 0)
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """The indices of each sample in order, (N, T + 1), and at the first place of each the sum of its cotangents, (N, C, T + 1, E).
+
+        The last index is one that no table has, with zeros.
+        """
+        index, g = self._kept()
+        keys = pad(index.contiguous().sort(-1).values, (0, 1), value=2.0**62)
+        return keys, _summed_apart(widest(g)[0], torch.searchsorted(keys, index.contiguous()), keys.shape[1])
+
+
+@singledispatch
+def lookup(block: Block) -> Callable[[Tensor], Tensor]:
+    """From indices of parameter rows, (N, S), each sample's own, to the block's rows J[n, c][index[n, s]], (N, C, S, E)."""
+    rows = block.dense()
+    return lambda index: rows.gather(2, index[:, None, :, None].expand(*rows.shape[:2], -1, rows.shape[3]))
+
+
+@lookup.register
+def _(block: Gather) -> Callable[[Tensor], Tensor]:
+    keys, sums = block._sums()
+    n, c, slots, e = sums.shape
+
+    def rows_at(index: Tensor) -> Tensor:
+        place = torch.searchsorted(keys, index.contiguous())
+        place = torch.where(keys.gather(1, place) == index, place, slots - 1)  # (N, S)
+        rows = sums.view(-1, e).index_select(0, _apart(place, c, slots).flatten())
+        return rows.view(n, c, index.shape[1], e)
+
+    return rows_at
+
+
+def _gram_by_pairs(left: Gather, right: Gather) -> Tensor:
+    """sum_{t,s} [index_t = index_s] g_t.g_s."""
+    (i, g), (j, h) = left._kept(), right._kept()
+    g, h = widest(g, h)
+
+    def tile(n: slice, m: slice) -> Tensor:
+        same = (i[n, None, :, None, None, None] == j[m, None, :]).to(g.dtype)  # (n, 1, t, m, 1, s)
+        return (torch.einsum("ncte,mdse->nctmds", g[n], h[m]) * same).sum((2, 5))
+
+    (n, c, t, _), (m, d, s, _) = g.shape, h.shape
+    return in_tiles(tile, n, m, 2 * c * t * d * s * g.element_size(), g)
+
+
+def _gram_by_rows(left: Gather, right: Block, strip: int) -> Tensor:
+    """For every `strip` samples of `left`: the rows that they looked up, of both blocks, and a matrix product."""
+    (n, c), (m, d), e, size = left.rows, right.rows, left.shape[1], left.g.element_size()
+    few = 2 * max(e, 2048) * size  # bytes of as many rows as make a matrix product worth its sum
+    strips = [left._at(s) for s in in_chunks(n, c * few, left.g, strip)]
+    mine = [(len(block.g), torch.unique(block._kept()[0]), lookup(block)) for block in strips]
+    columns = []
+    for s in in_chunks(m, d * few, left.g):
+        theirs = lookup(right.select(torch.arange(s.start, s.stop, device=left.g.device)))
+        column = []
+        for count, values, ours in mine:
+            pieces = in_chunks(len(values), (count * c + (s.stop - s.start) * d) * e * size, left.g)
+            products = (across(ours(values[w].expand(count, -1)), theirs(values[w].expand(s.stop - s.start, -1))) for w in pieces)
+            column.append(reduce(torch.add, products))
+        columns.append(cat(column))
+    return cat(columns, 2)
+
+
+def _summed(values: Tensor, place: Tensor, size: int) -> Tensor:
+    """Sums of the `values` (..., E) that share a `place` (...): (size, E)."""
+    values = values.reshape(-1, values.shape[-1])
+    nothing = values.new_zeros(()).expand(size, values.shape[-1])  # index_add writes its copy: no zeros of that size besides
+    return nothing.index_add(0, place.reshape(-1), values)
+
+
+def _summed_apart(g: Tensor, place: Tensor, size: int) -> Tensor:
+    """The same for each (n, c) apart: (N, C, T, E) at (N, T) to (N, C, size, E)."""
+    n, c, _, e = g.shape
+    return _summed(g, _apart(place, c, size), n * c * size).view(n, c, size, e)
+
+
+def _apart(place: Tensor, c: int, size: int) -> Tensor:
+    """Places (N, T) below `size`, in each of N x C tables that lie one after the other: (N, C, T)."""
+    n = place.shape[0]
+    return torch.arange(n * c, device=place.device).view(n, c, 1) * size + place.unsqueeze(1)
+
+
+# What every factored block needs: bounded temporaries, and a dtype to sum in.
+
+
+def budget(like: Tensor) -> int:
+    """Bytes of one temporary: on a CPU what its caches hold and the allocator keeps, else enough to fill the device."""
+    return 2**23 if like.device.type == "cpu" else 2**26
+
+
+def in_chunks(count: int, each: int, like: Tensor, most: int | None = None) -> Iterator[slice]:
+    """Slices of `count` things of `each` bytes, as many at a time as `budget` holds, one at the least; one empty slice of none."""
+    step = max(1, min(budget(like) // max(1, each), count if most is None else most))
+    return (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
+
+
+def in_tiles(tile: Callable[[slice, slice], Tensor], n: int, m: int, each: int, like: Tensor) -> Tensor:
+    """(N, C, M, D) from its tiles (n, C, m, D), where a pair of samples takes `each` bytes."""
+    side = max(1, isqrt(budget(like) // max(1, each)))
+    strips = in_chunks(n, each * min(m, side), like)
+    return cat([cat([tile(s, r) for r in in_chunks(m, each * (s.stop - s.start), like)], 2) for s in strips])
+
+
+def cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def each(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of rows (N, C, ...) with rows (N, C, ...): (N, C)."""
+    return (left * right).flatten(2).sum(-1)
+
+
+def own(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of rows (N, C, ...) with rows (N, D, ...) of the same sample: (N, C, D)."""
+    if left.shape[1] == right.shape[1] == 1:  # a matrix product of 1 x p and p x 1 is slow, and it sums without pairing
+        return each(left, right).unsqueeze(-1)
+    left, right = widest(left, right)
+    return left.flatten(2) @ right.flatten(2).mT
+
+
+def across(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of rows (N, C, ...) with rows (M, D, ...) of all samples: (N, C, M, D)."""
+    left, right = widest(left, right)
+    products = left.flatten(2).flatten(0, 1) @ right.flatten(2).flatten(0, 1).T
+    return products.view(*left.shape[:2], *right.shape[:2])
+
+
+def contracted(g: Tensor, seen: Tensor) -> Tensor:
+    """(N, C, ...) with (N, ..., k) to (N, C, k)."""
+    if seen.shape[-1] != 1:
+        return g.flatten(2) @ seen.flatten(1, -2)
+    seen = seen.squeeze(-1).unsqueeze(1)  # batches of matrix times vector are slow
+    return cat([each(g[s], seen[s]) for s in in_chunks(len(g), g[:1].nbytes, g)]).unsqueeze(-1)
+
+
+def folded(g: Tensor, u: Tensor) -> Tensor:
+    """(N, C, ...) with (N, C, k) to (N, ..., k)."""
+    if u.shape[-1] != 1:
+        return (g.flatten(2).mT @ u).view(g.shape[:1] + g.shape[2:] + u.shape[2:])
+    u = u.reshape(u.shape[:2] + (1,) * (g.dim() - 2))
+    if g.shape[1] == 1:
+        return (g * u).squeeze(1).unsqueeze(-1)
+    return cat([(g[s] * u[s]).sum(1) for s in in_chunks(len(g), g[:1].nbytes, g)]).unsqueeze(-1)
+
+
+def widest(*tensors: Tensor) -> list[Tensor]:
+    """All in one dtype, float32 or wider: squares of float16 overflow, sums in bfloat16 lose their digits."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    return [tensor.to(dtype) for tensor in tensors]

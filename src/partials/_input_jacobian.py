@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from . import _algebra
+from ._blocks import size_of
 from ._errors import InputError
 from ._rows import AbstractJacobian, Transposed
 from ._typing import Tensor
@@ -21,13 +22,13 @@ class InputJacobian(AbstractJacobian):
         """J v for a vector of each sample: (N, P), (N, *in) of a single input, or {name: (N, *in)} -> (N, *out)."""
         flat = self._vectors(v)
         with self._reading():
-            rows = [(_algebra.rows(group).reshape(*self._flat, -1) @ flat[name].unsqueeze(-1)).squeeze(-1) for name, group in self.blocks.items()]
+            rows = [(_algebra.rows(group).reshape(*self._flat, size_of(group[0].shape)) @ flat[name].unsqueeze(-1)).squeeze(-1) for name, group in self.blocks.items()]
             return self._fold(_algebra.sum_of(rows))
 
     @property
     def T(self) -> Transposed:
         """`J.T @ u`: (N, *out) -> (N, P), a vector for each sample."""
-        return Transposed(self._rmatmul, (*self._lead[:1], self.columns.width))
+        return Transposed(self._rmatmul, (*self._lead[: self.batched], self.columns.width))
 
     H = T
 
@@ -35,9 +36,9 @@ class InputJacobian(AbstractJacobian):
         if tuple(u.shape) != self._lead:
             raise InputError("u has another shape than the Jacobian asks for", got=f"shape {tuple(u.shape)}", expected=f"shape {self._lead}")
         with self._reading():
-            weights = u.reshape(len(self), 1, -1)
+            weights = u.reshape(len(self), 1, size_of(self.out))
             parts = {
-                name: (weights @ _algebra.rows(group).reshape(*self._flat, -1)).reshape(len(self), *self.columns.shapes[name])
+                name: (weights @ _algebra.rows(group).reshape(*self._flat, size_of(group[0].shape))).reshape(len(self), *self.columns.shapes[name])
                 for name, group in self.blocks.items()
             }
             found = self.columns.join(parts, 1)
@@ -46,16 +47,22 @@ class InputJacobian(AbstractJacobian):
     def _vectors(self, v: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         n = len(self)
         if not isinstance(v, Mapping):
-            if len(self.names) == 1 and v.numel() == n * self.columns.width:
-                return {self.names[0]: v.reshape(n, -1)}
-            return {name: part.reshape(n, -1) for name, part in self.columns.split(v.reshape(n, -1), 1).items()}
+            shapes = [(self.columns.width,), *(self.columns.shapes.values() if len(self.names) == 1 else ())]
+            if tuple(v.shape) not in [(*self._lead[: self.batched], *shape) for shape in shapes]:
+                raise InputError(
+                    "v has another shape than the Jacobian asks for",
+                    got=f"shape {tuple(v.shape)}",
+                    expected=f"shape {(*self._lead[: self.batched], self.columns.width)}: a vector for each sample",
+                )
+            parts = self.columns.split(v.reshape(n, self.columns.width), 1)
+            return {name: part.reshape(n, size_of(self.columns.shapes[name])) for name, part in parts.items()}
         parts = {self.columns.name(name): tensor for name, tensor in v.items()}
         for name, shape in self.columns.shapes.items():
             expected = (n, *shape) if self.batched else shape
             if name not in parts or tuple(parts[name].shape) != expected:
                 got = "nothing" if name not in parts else str(tuple(parts[name].shape))
                 raise InputError(f"the vector's part {name!r} has another shape", got=got, expected=str(expected))
-        return {name: tensor.reshape(n, -1) for name, tensor in parts.items()}
+        return {name: tensor.reshape(n, size_of(self.columns.shapes[name])) for name, tensor in parts.items()}
 
     def __getattr__(self, name: str) -> object:
         if name in REFUSED:

@@ -16,7 +16,7 @@ from ._plan import human_bytes
 from ._rows import AbstractJacobian, Origin, Transposed
 from ._solve import least_squares
 from ._stack import Stack
-from ._typing import Shape, Tensor
+from ._typing import ByName, Shape, Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,7 +43,11 @@ class Jacobian(AbstractJacobian):
             return self.inputs[key]
         return super().__getitem__(key)
 
-    def dict(self) -> dict[str, Tensor]:
+    def _select(self, key: Any) -> Jacobian:
+        chosen = super()._select(key)
+        return chosen if self.inputs is None else replace(chosen, inputs=self.inputs[key])
+
+    def dict(self) -> ByName:
         """The dense rows by name, inputs first: {name: (N, *out, *shape)}."""
         return {**({} if self.inputs is None else self.inputs.dict()), **super().dict()}
 
@@ -65,7 +69,7 @@ class Jacobian(AbstractJacobian):
         columns = u.ndim == len(self._lead) + 1
         self._expect("u", u.shape[:-1] if columns else u.shape, self._lead)
         with self._reading():
-            found = self.columns.join(_algebra.rmatmul(self.blocks, u.reshape(*self._flat, -1)), 0)
+            found = self.columns.join(_algebra.rmatmul(self.blocks, u.reshape(*self._flat, u.shape[-1] if columns else 1)), 0)
         return found if columns else found.squeeze(-1)
 
     def gram(self, other: Jacobian | None = None) -> Tensor:
@@ -74,14 +78,14 @@ class Jacobian(AbstractJacobian):
         _same_columns([self, right])
         with self._reading(), right._reading():
             found = _algebra.pairs(lambda a, b: a.gram(b), self.blocks, right.blocks)
-            return found.reshape(*self._lead, *right._lead)
+            return found.reshape((*self._lead, *right._lead))
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
         """sum_n w[n] J[n], weights (N,), all ones by default: (*out, P)."""
         w = self._ones() if weights is None else weights.to(self.values)
         self._expect("weights", w.shape, (len(self),))
         with self._reading():
-            return self.columns.join(_algebra.weighted_sum(self.blocks, w), 1).reshape(*self.out, -1)
+            return self.columns.join(_algebra.weighted_sum(self.blocks, w), 1).reshape(*self.out, self.columns.width)
 
     def mean(self) -> Tensor:
         """The mean over samples: (*out, P). NaN where N = 0, as in torch."""
@@ -99,7 +103,7 @@ class Jacobian(AbstractJacobian):
                 else ((_algebra.rows(group) - shift[name]).square() * ones.reshape(-1, *(1,) * shift[name].ndim)).sum(0)
                 for name, group in self.blocks.items()
             }
-            return self.columns.join(squares, 1).reshape(*self.out, -1) / max(n - correction, 0)
+            return self.columns.join(squares, 1).reshape(*self.out, self.columns.width) / max(n - correction, 0)
 
     def diagonal(self, H: Tensor | None = None) -> Tensor:
         """diag(J^T H J), H (N, C, C) over flattened outputs, the identity by default: (P,). The GGN's or Fisher's diagonal."""
@@ -116,7 +120,8 @@ class Jacobian(AbstractJacobian):
             )
         rows = self.dense().reshape(*self._flat, width)
         left = rows if H is None else self._matrices(H).mT @ rows
-        return left.flatten(0, 1).T @ rows.flatten(0, 1)
+        product: Tensor = left.flatten(0, 1).T @ rows.flatten(0, 1)
+        return product
 
     def ggn(self, H: Tensor | None = None) -> Transposed:
         """J^T H J as an operator: `J.ggn(H) @ v`, v (P,), (P, k) or by name -> (P,) or (P, k)."""
@@ -124,8 +129,9 @@ class Jacobian(AbstractJacobian):
 
         def apply(v: Any) -> Tensor:
             columns = not isinstance(v, Mapping) and v.ndim == 2
-            u = (self @ v).reshape(*self._flat, -1)
-            u = (u if matrices is None else matrices @ u).reshape(*self._lead, -1)
+            k = v.shape[1] if columns else 1
+            u = (self @ v).reshape(*self._flat, k)
+            u = (u if matrices is None else matrices @ u).reshape(*self._lead, k)
             return self.T @ (u if columns else u.squeeze(-1))
 
         return Transposed(apply, (self.columns.width, self.columns.width))
@@ -231,9 +237,10 @@ def _same_columns(jacobians: Sequence[Jacobian]) -> None:
     first = jacobians[0].columns.shapes
     for J in jacobians[1:]:
         if dict(J.columns.shapes) != dict(first):
-            raise InputError("the Jacobians have different parameters", got=listed(J.names), expected=listed(first))
+            got, expected = (listed(f"{name} {shape}" for name, shape in shapes.items()) for shapes in (J.columns.shapes, first))
+            raise InputError("the Jacobians have different parameters", got=got, expected=expected)
 
 
 def _centred(block: Any, mean: Tensor) -> Tensor:
     """sum_n (J[n] - mean)^2 of one block: shifted before squaring, so that nothing cancels. (C, *shape)."""
-    return (block.dense() - mean).square().sum(0)  # type: ignore[no-any-return]
+    return (block.dense() - mean).square().sum(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -75,8 +75,8 @@ def check_output(out: Tensor, size: int, function: str, *, batched: bool) -> Ten
     return out
 
 
-def per_sample_loss(loss: Any) -> Any:
-    """`loss` as a function of the batch that gives (N,) or more: applied to `output[n:n+1], target[n:n+1]` for each n.
+def per_sample_loss(loss: Any, *, batched: bool = True) -> Any:
+    """`loss` as a function of the batch that gives (N,): applied to `output[n:n+1], target[n:n+1]` for each n.
 
     Raises
     ------
@@ -91,21 +91,37 @@ def per_sample_loss(loss: Any) -> Any:
             hint=f"{type(loss).__name__}(weight=..., reduction='sum')",
         )
 
-    def one(output: Tensor, target: Any) -> Any:
-        tensors = [tensor.unsqueeze(0) for _, tensor in walk(target, "target")]
-        return loss(output.unsqueeze(0), rebuild(target, iter(tensors)))
+    def one(output: Tensor, target: Any) -> Tensor:
+        value = _tensor(loss(output, target), "the loss")
+        return value.reshape(()) if value.numel() == 1 else value
 
     def batch_loss(output: Tensor, target: Any) -> Tensor:
         if not len(output):
             return output.new_zeros(0)
-        try:
-            return vmap(one, randomness="different")(output, target)  # type: ignore[no-any-return]
-        except RuntimeError:  # a loss that vmap cannot run; if it is the loss's own error, the loop raises it again
-            parts = [tensor.unbind() for _, tensor in walk(target, "target")]
-            samples = (rebuild(target, iter([part[n] for part in parts])) for n in range(len(output)))
-            return torch.stack([one(o, t) for o, t in zip(output.unbind(), samples, strict=True)])
+        tensors = [tensor for _, tensor in walk(target, "target")]
+        dims = [0 if tensor.ndim else None for tensor in tensors]
 
-    return batch_loss
+        def sample(output: Tensor, *parts: Tensor) -> Tensor:
+            ones = (part if dim is None else part.unsqueeze(0) for part, dim in zip(parts, dims, strict=True))
+            return one(output.unsqueeze(0), rebuild(target, ones))
+
+        try:
+            return vmap(sample, in_dims=(0, *dims), randomness="different")(output, *tensors)
+        except (RuntimeError, ValueError):  # a loss that vmap cannot run; if it is the loss's own error, the loop raises it again
+            columns = [[tensor] * len(output) if dim is None else tensor.unbind() for tensor, dim in zip(tensors, dims, strict=True)]
+            return torch.stack([sample(*parts) for parts in zip(output.unbind(), *columns, strict=True)])
+
+    def single_loss(output: Tensor, target: Any) -> Tensor:
+        return one(output.unsqueeze(0), rebuild(target, iter([tensor.unsqueeze(0) for _, tensor in walk(target, "target")])))
+
+    return batch_loss if batched else single_loss
+
+
+def detached(returned: Any) -> Any:
+    """The same containers around tensors without a graph; the fields of a dataclass likewise."""
+    if is_dataclass(returned) and not isinstance(returned, type | Mapping):
+        return replace(returned, **{field.name: detached(getattr(returned, field.name)) for field in fields(returned) if field.init})
+    return rebuild(returned, iter([tensor.detach() for _, tensor in walk(returned, "")]))
 
 
 def _only(returned: Any, function: str) -> Any:

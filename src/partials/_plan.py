@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,8 @@ class Plan:
 
     function: str
     method: str
-    verdicts: tuple[Verdict, ...]
+    asked: tuple[Verdict, ...] | Callable[[], tuple[Verdict, ...]]
+    """The methods' verdicts, or how to ask for them: where the first method ran at once, the others are asked when somebody looks."""
     samples: int
     outputs: tuple[int, ...]
     parameters: dict[str, tuple[int, ...]]
@@ -72,6 +73,13 @@ class Plan:
     uses: tuple[Use, ...] = ()
     notes: list[str] = field(default_factory=list)
     check: str = "first"
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """What each method said, in the order of the table."""
+        if callable(self.asked):
+            self.asked = self.asked()
+        return self.asked
 
     @property
     def chosen(self) -> Verdict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class Facts:
 def look(problem: Problem) -> Facts:
     """Run f once on one sample (on the batch where f refuses a single sample), leaving no trace."""
     with problem.running("looking at one sample"), rng_kept(problem.targets[0].tensor.device):
-        tensors = problem.tensors(fresh=True)
+        tensors = problem.tensors()
         if problem.size == 0 or not problem.batched:
             return _measure(problem, tensors, None)
         leaves, cut = problem.sample(0, tensors)
@@ -63,15 +63,26 @@ def look(problem: Problem) -> Facts:
 
 def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] | None) -> Facts:
     size = problem.size if leaves is None else 1
-    counter, before = _Counter(), _random_state()
-    with counter, counter.saving():
-        out = problem(tensors, leaves)
-    if not counter.random and before != _random_state():
+    before = random_state()
+    out, counter = _counted(problem, tensors, leaves)
+    if not counter.random and before != random_state():
         counter.random["an operation that torch's function modes do not see"] = None
     check_output(out, size, problem.name, batched=problem.batched)
     return Facts(
-        tuple(out.shape[1:]), out.dtype, counter.operations, counter.flops, counter.saved, max(size, 1), tuple(counter.random), None, tuple(counter.unsafe)
+        tuple(out.shape[1:]), out.dtype, counter.operations, counter.flops, counter.saved or counter.written, max(size, 1), tuple(counter.random), None, tuple(counter.unsafe)
     )
+
+
+def _counted(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] | None, *, hooks: bool = True) -> tuple[Tensor, _Counter]:
+    """f's output and what was counted; without hooks on saved tensors where f uses torch.func, which does not run under them."""
+    counter = _Counter()
+    try:
+        with counter, counter.saving() if hooks else nullcontext():
+            return problem(tensors, leaves), counter
+    except RuntimeError as error:
+        if not hooks or "saved tensor hooks" not in str(error):
+            raise
+    return _counted(problem, tensors, leaves, hooks=False)
 
 
 def demand_policy(problem: Problem, facts: Facts) -> None:
@@ -90,20 +101,21 @@ class _Counter(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.flops = self.saved = 0
+        self.operations = self.flops = self.saved = self.written = 0
         self.random: dict[str, None] = {}
         self.unsafe: dict[str, None] = {}
         self.seen: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        state = _random_state() if _may_be_random(func) else None
+        state = random_state() if _may_be_random(func) else None
         out = func(*args, **kwargs)
         result = first_tensor(out)
         if result is not None:
             self.operations += 1
             self.flops += _flops(func, args, kwargs, result)
-        if state is not None and state != _random_state():
+            self.written += result.numel() * result.element_size()
+        if state is not None and state != random_state():
             self.random[(resolve_name(func) or getattr(func, "__name__", "a random operation")).removeprefix("torch.")] = None
         if func is F.embedding and (kwargs.get("padding_idx") is not None or (len(args) > 2 and args[2] is not None)):
             self.unsafe["embedding with padding_idx"] = None
@@ -130,7 +142,7 @@ def _may_be_random(func: Any) -> bool:
     return any(word in name for word in (*_RANDOM_WORDS, "attention", "lstm", "gru", "rnn"))
 
 
-def _random_state() -> bytes:
+def random_state() -> bytes:
     """The state of the CPU's generator, and of the current CUDA device's where CUDA is in use."""
     states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
     return b"".join(state.numpy().tobytes() for state in states)

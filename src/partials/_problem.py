@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import nn
 from ._errors import InputError, listed
 from ._output import Picker, check_output
 from ._signature import Leaf, argument_names, batch_size, checked_dim, explicit_dims, lookup, rebuild, usable
-from ._state import untouched
+from ._state import RandomState, random_state, twice_differentiable, untouched
 from ._substitute import call_with
 from ._targets import Target, arguments_of, choose, name_of, shared_by_convention
 from ._typing import Function, Tensor
@@ -47,6 +48,8 @@ class Problem:
     """The last positional input where a loss reads it; it is not passed to the function."""
     budget: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    random_state: RandomState | None = None
+    """With randomness="model", the state that f's random numbers are drawn from."""
 
     @property
     def parameters(self) -> tuple[Target, ...]:
@@ -64,19 +67,29 @@ class Problem:
     def dtype(self) -> torch.dtype:
         return self.targets[0].tensor.dtype
 
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors among the arguments: constants, whatever they were computed from, unless results carry a graph."""
+        return [leaf.tensor if self.create_graph or not leaf.tensor.requires_grad else leaf.tensor.detach() for leaf in self.leaves]
+
     def tensors(self, *, fresh: bool = False, requires_grad: bool = True) -> dict[str, Tensor]:
         """A tensor for each target to differentiate with respect to: the user's own where it requires grad, else an alias.
 
         With `fresh`, always a detached alias that shares memory and carries no hooks, no `.grad` and no history.
         """
-        return {
-            t.name: t.tensor if t.tensor.requires_grad and not fresh else usable(t.tensor).detach().requires_grad_(requires_grad)
-            for t in self.targets
-        }
+        times = Counter(id(t.tensor) for t in self.targets)
+        found: dict[str, Tensor] = {}
+        for t in self.targets:
+            if fresh or not t.tensor.requires_grad:
+                found[t.name] = usable(t.tensor).detach().requires_grad_(requires_grad)
+            else:  # one tensor passed as two arguments is two parameters: a view for each, so that their parts stay apart
+                found[t.name] = t.tensor if times[id(t.tensor)] == 1 else t.tensor.view_as(t.tensor)
+        return found
 
     def sample(self, n: int, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The leaves of sample n alone (a batch of one), and the targets with the inputs among them cut likewise."""
-        leaves = [leaf.tensor if leaf.dim is None else leaf.tensor.narrow(leaf.dim, n, 1) for leaf in self.leaves]
+        pairs = zip(self.leaves, self.given, strict=True)
+        leaves = [tensor if leaf.dim is None else tensor.narrow(leaf.dim, n, 1) for leaf, tensor in pairs]
         cut = dict(tensors)
         for target in self.inputs:
             piece = tensors[target.name]
@@ -104,7 +117,7 @@ class Problem:
 
     def raw(self, tensors: Mapping[str, Tensor] | None = None, leaves: Sequence[Tensor] | None = None) -> tuple[Any, Any]:
         """(what the function with its loss returns, what the function alone returns)."""
-        values = [leaf.tensor for leaf in self.leaves] if leaves is None else list(leaves)
+        values = self.given if leaves is None else list(leaves)
         outside: list[tuple[Tensor, Tensor]] = []
         if tensors is not None:
             slots = {leaf.name: i for i, leaf in enumerate(self.leaves)}
@@ -112,7 +125,9 @@ class Problem:
                 given = tensors[target.name]
                 if target.leaf is not None:
                     values[slots[target.leaf]] = given
-                elif given is not target.tensor:
+                    continue
+                values = [given if leaf.tensor is target.tensor else value for leaf, value in zip(self.leaves, values, strict=True)]
+                if given is not target.tensor:
                     outside.append((target.tensor, given))
         if tensors is None and leaves is None:
             args, kwargs, wanted = self.args, self.kwargs, self.loss_target
@@ -129,7 +144,7 @@ class Problem:
     @contextmanager
     def running(self, doing: str) -> Iterator[None]:
         """Gradients on, inference mode off, the module's buffers as they were afterwards; f's own errors get a note."""
-        with torch.inference_mode(False), torch.enable_grad(), untouched(self.module):
+        with torch.inference_mode(False), torch.enable_grad(), untouched(self.module), twice_differentiable(self.create_graph):
             try:
                 yield
             except Exception as error:
@@ -171,12 +186,13 @@ def normalise(
     if not batched:
         targets = [Target(t.name, t.tensor, _kind_unbatched(t, arguments, params, f), t.leaf) for t in targets]
     shared = {t.leaf for t in targets if t.kind == "parameter"} | shared_by_convention(arguments, targets)
+    shared |= {name for name, tensor in arguments if any(tensor is t.tensor for t in targets if t.leaf is None)}
     leaves = tuple(Leaf(n, n.partition(".")[0], t, _dim(n, t, explicit, shared) if batched else None) for n, t in arguments)
     return Problem(
         function=f,
         name=name_of(f),
         args=args[:-1] if has_target else args,
-        kwargs=kwargs,
+        kwargs=dict(kwargs),
         leaves=_in_call_order(leaves, has_target),
         targets=tuple(targets),
         aliases=aliases,
@@ -189,6 +205,7 @@ def normalise(
         loss_target=args[-1] if has_target else None,
         budget=budget,
         options={} if loss is None else {"loss": loss},
+        random_state=random_state(targets[0].tensor.device) if randomness == "model" else None,
     )
 
 

@@ -16,7 +16,7 @@ from ._blocks import size_of
 from ._columns import Columns
 from ._errors import InputError, MethodError, PartialsError
 from ._plan import Plan, human_bytes
-from ._typing import Shape, Tensor
+from ._typing import ByName, Shape, Tensor
 
 if TYPE_CHECKING:
     from .checks.report import Report
@@ -84,7 +84,7 @@ class AbstractJacobian(ABC):
     def __iter__(self) -> Iterator[str]:
         raise TypeError("a Jacobian is not iterable; J.names are its parameters, J[n] its samples")
 
-    def dict(self) -> dict[str, Tensor]:
+    def dict(self) -> ByName:
         """The dense rows by name: {name: (N, *out, *shape)}."""
         return {name: self._rows_of(name) for name in self.names}
 
@@ -98,7 +98,7 @@ class AbstractJacobian(ABC):
         """
         with self._reading():
             if self.attached:
-                return self._fold(torch.cat([_algebra.rows(group).reshape(*self._flat, -1) for group in self.blocks.values()], -1))
+                return self._fold(torch.cat([_algebra.rows(group).reshape(*self._flat, size_of(group[0].shape)) for group in self.blocks.values()], -1))
             if out is None:
                 out = torch.empty(self.shape, dtype=self._dtype_of_rows(), device=self.device)
             elif tuple(out.shape) != self.shape or out.dtype != self._dtype_of_rows() or out.device != self.device:
@@ -122,9 +122,9 @@ class AbstractJacobian(ABC):
         """Each sample's own block of J J^T: (N, *out, *out)."""
         with self._reading():
             found = _algebra.pairs(lambda a, b: a.own_gram(b), self.blocks, self.blocks)
-            return found.reshape(*self._lead, *self.out)
+            return found.reshape((*self._lead, *self.out))
 
-    def unflatten(self, t: Tensor) -> dict[str, Tensor]:
+    def unflatten(self, t: Tensor) -> ByName:
         """A tensor with a flat P axis first, (P,) or (P, k), by name: {name: (*shape) or (*shape, k)}."""
         return self.columns.split(t, 0)
 
@@ -154,7 +154,7 @@ class AbstractJacobian(ABC):
 
     def _fold(self, t: Tensor) -> Tensor:
         """(N, C, ...) -> (N, *out, ...)."""
-        return t.reshape(*self._lead, *t.shape[2:])
+        return t.reshape((*self._lead, *t.shape[2:]))
 
     def _dtype_of_rows(self) -> torch.dtype:
         found = self.dtype

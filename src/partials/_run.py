@@ -3,52 +3,102 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from ._blocks import Dense
+from . import capture
+from ._blocks import Block, Dense
 from ._columns import Columns
 from ._errors import MethodError
 from ._input_jacobian import InputJacobian
 from ._jacobian import Jacobian
+from ._output import detached
 from ._plan import Plan, Verdict, choose, known
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import Origin
+from ._state import rng_kept
 from .methods import METHODS, Computed
+
+NAMES = ["capture", *METHODS]
+"""Every method, by the name that `method=` takes."""
 
 
 def plan(problem: Problem, method: str = "auto") -> tuple[Plan, Facts]:
-    """The plan for a problem, and the facts that it rests on. Runs f on one sample."""
-    known(method, list(METHODS))
+    """The plan for a problem, and the facts that it rests on. Runs f on one sample, and once on the batch to record its uses."""
+    known(method, NAMES)
     facts = look(problem)
     demand_policy(problem, facts)
-    verdicts = tuple(m.verdict(problem, facts) for m in METHODS.values())
-    chosen = choose(verdicts, method, problem.budget)
-    return _plan(problem, facts, verdicts, chosen), facts
+    with problem.running("recording the uses of parameters"), rng_kept(problem.targets[0].tensor.device):
+        seen = capture.preview(problem, facts)
+    verdicts = (seen.verdict, *_textbook(problem, facts))
+    wanted = "capture" if method == "auto" and seen.verdict.accepted else method
+    made = _plan(problem, facts, verdicts, choose(verdicts, wanted, problem.budget))
+    made.uses = seen.uses
+    return made, facts
 
 
 def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
-    """Plan and run. With "auto", a method that fails while running is refused with its reason and the next one runs."""
-    made, facts = plan(problem, method)
+    """Plan and run: capture wherever it can, else the cheapest method. With "auto", where one fails while running, the next one runs."""
+    known(method, NAMES)
+    refused: dict[str, str] = {}
+    if method in ("auto", "capture") and problem.size:
+        with problem.running("capturing the uses of parameters"):
+            computed, reasons = capture.attempt(problem)
+        if computed is not None:
+            return computed, _captured(problem, computed)
+        refused["capture"] = "; ".join(reasons)
+        if method == "capture":
+            raise MethodError("method='capture' cannot run here", got=refused["capture"], hint="method='auto', which takes the next method that can")
+    facts = look(problem)
+    demand_policy(problem, facts)
+    if not problem.size:
+        with problem.running("asking what an output looks like"):
+            return _empty(problem, facts), _plan(problem, facts, _textbook(problem, facts), choose(_textbook(problem, facts), "auto", None))
     while True:
+        verdicts = tuple(Verdict(v.method, refused[v.method]) if v.method in refused else v for v in _textbook(problem, facts))
+        made = _plan(problem, facts, (Verdict("capture", refused.get("capture", "not asked for")), *verdicts), choose(verdicts, method, problem.budget))
         with problem.running(f"computing the Jacobian (method {made.method!r})"):
             try:
-                if problem.size == 0:
-                    return _empty(problem, facts), made
-                return METHODS[made.method].run(problem, facts, made.chunk), made
+                aux = _whole(problem)
+                computed = METHODS[made.method].run(problem, facts, made.chunk)
+                return replace(computed, aux=aux) if computed.aux is None else computed, made
             except MethodError as error:
                 if method != "auto":
                     raise
-                refused = Verdict(made.method, f"{error.what}: {error.got}" if error.got else error.what)
-        verdicts = tuple(refused if v.method == refused.method else v for v in made.verdicts)
-        made = _plan(problem, facts, verdicts, choose(verdicts, "auto", problem.budget))
+                refused[made.method] = f"{error.what}: {error.got}" if error.got else error.what
+
+
+def _textbook(problem: Problem, facts: Facts) -> tuple[Verdict, ...]:
+    return tuple(m.verdict(problem, facts) for m in METHODS.values())
+
+
+def _captured(problem: Problem, computed: Computed) -> Plan:
+    """The plan of a capture that has run: the other methods are asked for their costs only when somebody looks."""
+
+    def ask() -> tuple[Verdict, ...]:
+        facts = look(problem)
+        return (capture.verdict(problem, facts, computed), *_textbook(problem, facts))
+
+    return Plan(
+        function=problem.name,
+        method="capture",
+        asked=ask,
+        samples=problem.size,
+        outputs=tuple(computed.values.shape[1:]),
+        parameters={t.name: problem.shape_of(t) for t in problem.targets},
+        dtype=str(problem.dtype).removeprefix("torch."),
+        uses=computed.uses,
+    )
 
 
 def wrap(problem: Problem, computed: Computed, made: Plan, origin: Origin) -> Jacobian | InputJacobian:
     """The user's object: rows of parameters, of inputs, or of parameters with those of inputs beside them."""
     values = computed.values if problem.batched else computed.values.squeeze(0)
     made.notes += computed.notes
+    aux = None if problem.picker.choice is None else detached(computed.aux)
+    origin = replace(origin, sources=computed.sources)
 
     def columns(kind: str) -> Columns:
         return Columns({t.name: problem.shape_of(t) for t in problem.targets if t.kind == kind}, dict(problem.aliases) if kind == "parameter" else {})
@@ -56,12 +106,12 @@ def wrap(problem: Problem, computed: Computed, made: Plan, origin: Origin) -> Ja
     inputs = None
     if problem.inputs:
         blocks = {t.name: computed.blocks[t.name] for t in problem.inputs}
-        inputs = InputJacobian(values, blocks, columns("input"), made, problem.batched, problem.create_graph, computed.aux, origin)
+        inputs = InputJacobian(values, blocks, columns("input"), made, problem.batched, problem.create_graph, aux, origin)
         if not problem.parameters:
             return inputs
     blocks = {t.name: computed.blocks[t.name] for t in problem.parameters}
     leaves = {t.name: t.tensor for t in problem.parameters}
-    return Jacobian(values, blocks, columns("parameter"), made, problem.batched, problem.create_graph, computed.aux, origin, inputs, leaves)
+    return Jacobian(values, blocks, columns("parameter"), made, problem.batched, problem.create_graph, aux, origin, inputs, leaves)
 
 
 def _plan(problem: Problem, facts: Facts, verdicts: tuple[Verdict, ...], chosen: Verdict) -> Plan:
@@ -69,7 +119,7 @@ def _plan(problem: Problem, facts: Facts, verdicts: tuple[Verdict, ...], chosen:
     return Plan(
         function=problem.name,
         method=chosen.method,
-        verdicts=verdicts,
+        asked=verdicts,
         samples=problem.size,
         outputs=facts.out_shape,
         parameters={t.name: problem.shape_of(t) for t in problem.targets},
@@ -84,7 +134,16 @@ def _empty(problem: Problem, facts: Facts) -> Computed:
     values = problem.values()
     values = values if problem.create_graph else values.detach()
     outputs = int(torch.Size(values.shape[1:]).numel())
-    return Computed(values, {t.name: (Dense(t.tensor.new_zeros(0, outputs, *problem.shape_of(t))),) for t in problem.targets})
+    blocks: dict[str, tuple[Block, ...]] = {t.name: (Dense(t.tensor.new_zeros(0, outputs, *problem.shape_of(t))),) for t in problem.targets}
+    return Computed(values, blocks, aux=_whole(problem))
+
+
+def _whole(problem: Problem) -> Any:
+    """All that one plain call of f returns, detached, where `output=` picked a part of it: what `J.aux` holds."""
+    if problem.picker.choice is None:
+        return None
+    with rng_kept(problem.targets[0].tensor.device):
+        return detached(problem.function(*problem.args, **problem.kwargs))
 
 
 def without_graph(problem: Problem) -> Problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +65,30 @@ def walk(tree: Any, path: str) -> Iterator[tuple[str, Tensor]]:
             yield from walk(value, f"{path}.{i}")
 
 
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors of `walk` without names, quickly: what a mode asks of the arguments of every operation."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) in _PLAIN:
+            continue
+        else:
+            found += [tensor for _, tensor in walk(value, "")]
+    return found
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None), slice, torch.dtype, torch.device, torch.Size})
+
+
 def rebuild(tree: Any, tensors: Iterator[Tensor]) -> Any:
     """The same nested containers around other tensors, taken in the order of `walk`."""
     if isinstance(tree, Tensor):
         return next(tensors)
+    if type(tree) in _PLAIN:
+        return tree
+    if type(tree) is tuple:
+        return tuple([rebuild(value, tensors) for value in tree])
     if isinstance(tree, Mapping):
         pairs = {key: rebuild(value, tensors) for key, value in tree.items()}
         return pairs if type(tree) is dict else type(tree)(pairs)  # type: ignore[call-arg]
@@ -151,7 +171,7 @@ def batch_size(leaves: list[Leaf], function: str) -> int:
             f"{function} was given no batched input",
             got=f"tensors: {listed(leaf.name for leaf in leaves)}",
             expected="at least one tensor with a sample dimension",
-            hint="in_dims={'x': 0} to name it, or batched=False for a single sample",
+            hint=f"in_dims={{{leaves[0].name!r}: 0}} to name it, or batched=False for a single sample",
         )
     if len(set(sizes.values())) > 1:
         raise InputError(

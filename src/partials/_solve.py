@@ -35,4 +35,5 @@ def _shifted_solve(matrix: Tensor, damping: float, right: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(shifted)
     if int(info) == 0:
         return torch.cholesky_solve(right, factor)
-    return torch.linalg.solve(shifted, right)
+    solution: Tensor = torch.linalg.solve(shifted, right)
+    return solution

@@ -72,7 +72,8 @@ def name_of(f: Function) -> str:
 def _outside(source: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     if isinstance(source, nn.Module):
         first: dict[int, str] = {}
-        named, aliases = {}, {}
+        named: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}
         for name, parameter in source.named_parameters(remove_duplicate=False):
             if id(parameter) in first:
                 aliases[name] = first[id(parameter)]
@@ -125,7 +126,7 @@ def _of_arguments(f: Function, arguments: Arguments, wrt: Any, dims: dict[str, i
                 f"{name_of(f)} has no parameter to differentiate",
                 got=f"no tensor argument with requires_grad=True among {listed(n for n, _ in arguments)}",
                 expected="arguments that require grad, or names",
-                hint="wrt=('a', 'b') to name arguments, or params=module for tensors that the function uses from outside",
+                hint=f"wrt={tuple(differentiable[1:] or differentiable)!r} to name them, or params=module for tensors that the function uses from outside",
             )
         if len(chosen) == len(differentiable) and len(chosen) == len(arguments) and not any(lookup(explicit, n)[1] is not None for n in chosen):
             raise InputError(

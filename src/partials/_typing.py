@@ -17,3 +17,5 @@ Function: TypeAlias = Callable[..., Any]
 Shape: TypeAlias = tuple[int, ...]
 Named: TypeAlias = Mapping[str, Tensor]
 """Tensors by parameter or input name."""
+ByName: TypeAlias = dict[str, Tensor]
+"""A dict of tensors by name: for classes that have a method called `dict`."""

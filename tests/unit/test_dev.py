@@ -88,7 +88,7 @@ def test_a_failed_installation_leaves_no_stamp_and_says_so(installed, monkeypatc
     assert not list(installed.VENV.glob(".partials-*"))
 
 
-@pytest.mark.parametrize("found", [None, {"pip": False, "python": [3, 11]}, {"pip": True, "python": [3, 9]}])
+@pytest.mark.parametrize("found", [{}, {"pip": False, "python": [3, 11]}, {"pip": True, "python": [3, 9]}])
 def test_an_environment_that_does_not_serve_is_made_anew(installed, monkeypatch, found):
     calls = []
     monkeypatch.setattr(installed, "probe", lambda python: found)
@@ -124,7 +124,7 @@ def test_the_named_python_is_the_one_that_is_used(dev, monkeypatch):
 
 
 def test_a_python_that_does_not_run_has_nothing(dev):
-    assert dev.probe("/no/such/python") is None
+    assert dev.probe("/no/such/python") == {}
 
 
 def test_all_means_the_slow_tests_too(installed):

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 
 from .._blocks import Block, Dense
-from .._plan import Cost, Verdict
+from .._errors import listed
+from .._graph import reached
+from .._plan import Cost, Use, Verdict
 from .._probe import Facts
-from .._problem import Problem, Target
+from .._problem import Problem
+from .._targets import Target
 from .._typing import Tensor
 
 
@@ -23,6 +26,9 @@ class Computed:
     blocks: dict[str, tuple[Block, ...]]
     notes: list[str] = field(default_factory=list)
     aux: Any = None
+    sources: tuple[tuple[str, Tensor, int], ...] = ()
+    """Tensors that the blocks read again, with the version they had."""
+    uses: tuple[Use, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,16 @@ def no_pieces(problem: Problem, facts: Facts) -> str:
         return f"f cannot be called with one sample ({type(facts.single_error).__name__}: {str(facts.single_error).splitlines()[0]})"
     if problem.randomness == "model":
         return 'randomness="model" needs the masks of the whole batch, and this method runs samples apart'
+    return ""
+
+
+def no_history(problem: Problem) -> str:
+    """Why a method that uses the user's own parameters cannot run where an input was computed from them, or ""."""
+    computed = [leaf for leaf in problem.leaves if problem.create_graph and leaf.tensor.grad_fn is not None]
+    for leaf in computed:
+        names = reached(leaf.tensor, {t.name: t.tensor for t in problem.targets if t.tensor is not leaf.tensor})
+        if names:
+            return f"input {leaf.name!r} was computed from {listed(sorted(names))}, and create_graph=True would differentiate that too"
     return ""
 
 

@@ -11,8 +11,9 @@ from .._blocks import Block, Dense
 from .._errors import MethodError
 from .._plan import Cost, Verdict
 from .._probe import Facts
-from .._problem import Problem, Target
+from .._problem import Problem
 from .._state import rng_kept
+from .._targets import Target
 from .._typing import Tensor
 from ._base import Computed, Method, entries, no_policy, per_sample, result_bytes
 from ._complete import all_seen
@@ -46,6 +47,8 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
     with rng_kept(device):
         values = problem(tensors)
     all_seen(problem, values, "forward")
+    if not bool(values.isfinite().all()):
+        raise MethodError("method='forward' stops at values that are not finite", got="inf or NaN", hint="method='loop': forward and reverse mode differ there")
     blocks: dict[str, tuple[Block, ...]] = {}
     for target in problem.targets:
         count = int(torch.Size(problem.shape_of(target)).numel())
@@ -79,7 +82,7 @@ def _columns(problem: Problem, tensors: dict[str, Tensor], target: Target, start
                 expected="operations with a forward-mode derivative",
                 hint="method='vmap' or method='loop'",
             ) from error
-    columns: Tensor = found.detach().movedim(0, -1)
+    columns: Tensor = found.detach().movedim(0, -1).to(target.tensor.dtype)
     return columns
 
 

@@ -6,14 +6,15 @@ from .._errors import MixingError
 from .._output import check_output
 from .._plan import Verdict
 from .._probe import Facts
-from .._problem import Problem, Target
+from .._problem import Problem
+from .._targets import Target
 from .._typing import Tensor
-from ._base import Computed, Method, Rows, no_policy, own_part, reverse_cost
+from ._base import Computed, Method, Rows, no_history, no_policy, own_part, reverse_cost
 from .loop import gradients
 
 
 def verdict(problem: Problem, facts: Facts) -> Verdict:
-    if reason := no_policy(problem):
+    if reason := no_policy(problem) or no_history(problem):
         return Verdict("grad", reason)
     return Verdict("grad", "a reverse pass of the whole batch for every row", reverse_cost(problem, facts))
 

@@ -7,7 +7,8 @@ import torch
 from .._blocks import Block, Dense
 from .._plan import Verdict
 from .._probe import Facts
-from .._problem import Problem, Target
+from .._problem import Problem
+from .._targets import Target
 from .._typing import Tensor
 from ._base import Computed, Method, no_policy, reverse_cost
 from ._complete import all_seen
@@ -17,6 +18,8 @@ from .grad import stays_apart
 def verdict(problem: Problem, facts: Facts) -> Verdict:
     if reason := no_policy(problem):
         return Verdict("jacobian", reason)
+    if facts.outputs == 0:
+        return Verdict("jacobian", "torch.autograd.functional.jacobian does not take an output without entries")
     return Verdict("jacobian", "torch.autograd.functional, a reverse pass of the whole batch for every row", reverse_cost(problem, facts))
 
 

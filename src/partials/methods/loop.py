@@ -9,11 +9,11 @@ from .._plan import Cost, Verdict
 from .._probe import Facts
 from .._problem import Problem
 from .._typing import Tensor
-from ._base import Computed, Method, Rows, no_pieces, per_sample, result_bytes
+from ._base import Computed, Method, Rows, no_history, no_pieces, per_sample, result_bytes
 
 
 def verdict(problem: Problem, facts: Facts) -> Verdict:
-    if reason := no_pieces(problem, facts):
+    if reason := no_pieces(problem, facts) or no_history(problem):
         return Verdict("loop", reason)
     passes = problem.size * (1 + facts.outputs)
     flops, saved = per_sample(facts)

@@ -92,7 +92,7 @@ def _chunk(problem: Problem, outputs: int, tensors: Tensors, leaves: list[Tensor
             out = check_output(out, 1, problem.name, batched=problem.batched).squeeze(0)
             return out.reshape(-1), out
 
-        flat, pull, out = vjp(function, given, has_aux=True)
+        flat, pull, out = _vjp(function, given)
         if outputs == 1:
             return out, {name: row.unsqueeze(0) for name, row in pull(torch.ones_like(flat))[0].items()}
         seeds = torch.eye(outputs, dtype=flat.dtype, device=flat.device)
@@ -103,11 +103,18 @@ def _chunk(problem: Problem, outputs: int, tensors: Tensors, leaves: list[Tensor
         return out.unsqueeze(0), {name: row.unsqueeze(0) for name, row in found.items()}
     in_dims: Any = ({name: inputs.get(name) for name in tensors}, *dims)
     try:
-        return torch_vmap(one, in_dims=in_dims, randomness=problem.randomness)(tensors, *leaves)  # type: ignore[no-any-return]
+        return torch_vmap(one, in_dims=in_dims, randomness=problem.randomness)(tensors, *leaves)
     except PartialsError:
         raise
     except RuntimeError as error:
         raise translated(problem, error) from error
+
+
+def _vjp(function: Any, given: Tensors) -> tuple[Tensor, Any, Tensor]:
+    """vjp with what the function also returns (torch's annotation knows only the pair)."""
+    found: Any = vjp(function, given, has_aux=True)
+    flat, pull, aux = found
+    return flat, pull, aux
 
 
 def translated(problem: Problem, error: RuntimeError) -> PartialsError:

@@ -1,15 +1,16 @@
 """Nested reverse mode: every wanted term from as few reverse passes as will do.
 
-Samples are independent, so one reverse pass seeded with ones over the samples differentiates one output column at all points at once. A node is
-a term; passes go from a node of order k to nodes of order k + 1, and a node that several terms need is differentiated once. A Laplacian is one
-node: its second derivatives are summed before anything else differentiates them.
+Samples are independent, so one reverse pass seeded with ones over the samples differentiates one output column at all points at once. A
+node is a term; passes go from a node of order k to nodes of order k + 1, and a node that several terms need is differentiated once. A
+Laplacian is one node: its second derivatives are summed before anything else differentiates them.
 
-The same recursion runs on two reverse modes: `torch.autograd.grad` on fresh leaves, and `torch.func.vjp` where a transform is active, inside
-which `torch.autograd.grad` has no meaning. Forward mode is never nested.
+The same recursion runs on two reverse modes: `torch.autograd.grad` on fresh leaves, and `torch.func.vjp` where a transform is active,
+inside which `torch.autograd.grad` has no meaning. Forward mode is never nested.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from math import prod
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 
+from .._errors import MethodError
 from .._typing import Shape, Tensor
 from .specs import VALUE, Term
 from .transforms import inside_transform
@@ -49,7 +51,7 @@ def passes(wanted: frozenset[Term]) -> tuple[Edges, ...]:
     """The reverse passes for the wanted terms, order by order: a small cover, chosen from the highest order down.
 
     >>> [list(level) for level in passes(frozenset({Term((), (0,)), Term((), (0, 0)), Term((), (0, 1))}))]
-    [[Term(laplacians=(), index=())], [Term(laplacians=(), index=(0,))]]
+    [[Term(laplacians=(), along=())], [Term(laplacians=(), along=(0,))]]
     """
     by_order: dict[int, set[Term]] = {}
     for term in wanted:
@@ -59,12 +61,12 @@ def passes(wanted: frozenset[Term]) -> tuple[Edges, ...]:
         level: Edges = {}
         targets = sorted(by_order.get(order, ()))
         for term in targets:
-            if not term.index:
+            if not term.along:
                 *rest, block = term.laplacians
                 for component in block:
                     level.setdefault(Term(tuple(rest), (component,)), []).append((component, term))
         lower = by_order.setdefault(order - 1, set())
-        _cover([term for term in targets if term.index], level, lower)
+        _cover([term for term in targets if term.along], level, lower)
         lower.update(level)
         levels.append(dict(sorted(level.items())))
     return tuple(reversed(levels))
@@ -74,25 +76,33 @@ def _cover(targets: list[Term], level: Edges, asked: set[Term]) -> None:
     """Give each target one parent, greedily: nodes that are differentiated anyway, then those that serve most targets."""
     options: dict[Term, list[tuple[int, Term]]] = {}
     for term in targets:
-        for component in sorted(set(term.index)):
+        for component in sorted(set(term.along)):
             options.setdefault(_without(term, component), []).append((component, term))
+    counts = {node: len(served) for node, served in options.items()}
     waiting = set(targets)
     while waiting:
-        best = max(options, key=lambda node: (node in level, sum(term in waiting for _, term in options[node]), node in asked, _reversed(node)))
-        served = [(component, term) for component, term in options.pop(best) if term in waiting]
-        if served:
-            level.setdefault(best, []).extend(served)
-            waiting.difference_update(term for _, term in served)
+        best = max(counts, key=lambda node: (node in level, counts[node], node in asked, _reversed(node)))
+        del counts[best]
+        served = [(component, term) for component, term in options[best] if term in waiting]
+        if not served:
+            continue
+        level.setdefault(best, []).extend(served)
+        for _, term in served:
+            waiting.remove(term)
+            for component in set(term.along):
+                other = _without(term, component)
+                if other in counts:
+                    counts[other] -= 1
 
 
 def _without(term: Term, component: int) -> Term:
-    place = term.index.index(component)
-    return Term(term.laplacians, term.index[:place] + term.index[place + 1 :])
+    place = term.along.index(component)
+    return Term(term.laplacians, term.along[:place] + term.along[place + 1 :])
 
 
 def _reversed(node: Term) -> tuple[int, ...]:
     """Ties go to the node that comes first."""
-    return tuple(-component for component in node.index)
+    return tuple(-component for component in node.along)
 
 
 def nested(
@@ -105,7 +115,8 @@ def nested(
 ) -> dict[Term, Tensor]:
     """The value of `call(*tensors)` (the term `VALUE`), the wanted terms and those found on the way, each of the value's shape and dtype.
 
-    `points` is the shape of the samples: the value has it in front, and each tensor holds one entry, or one feature vector, for each sample.
+    `points` is the shape of the samples: the value has it in front, and each tensor holds one entry, or one feature vector, for each
+    sample.
     """
     reverse = _Functional() if inside_transform() else _Tape()
     like: list[Tensor] = []
@@ -121,9 +132,25 @@ def nested(
     for order, level in enumerate(levels, start=1):
         following = levels[order] if order < len(levels) else {}
         layer = _raised(layer, reverse, level, following, slots, points, inspect if order == 1 else None)
-    _, found = layer(*reverse.leaves(tensors))
+    _, found = _attempted(layer, reverse.leaves(tensors))
     results = {term: _assembled(columns, like[0]) for term, columns in found.items()}
     return results if _kept(reverse) else {term: tensor.detach() for term, tensor in results.items()}
+
+
+def _attempted(layer: Layer, leaves: Sequence[Tensor]) -> Layered:
+    """The layer at the leaves; an operation without a further derivative is named, with a way out."""
+    try:
+        return layer(*leaves)
+    except RuntimeError as error:
+        missing = re.search(r"derivative for (\S+) is not implemented", str(error))
+        if missing is None:
+            raise
+        raise MethodError(
+            "the function holds an operation whose derivative cannot be differentiated again",
+            got=missing.group(1),
+            expected="operations with derivatives of every order",
+            hint="with torch.nn.attention.sdpa_kernel(SDPBackend.MATH): around the call" if "attention" in missing.group(1) else "",
+        ) from error
 
 
 def _raised(
@@ -156,7 +183,7 @@ def _kept(reverse: Reverse) -> bool:
 
 def _read(gradients: dict[int, Tensor], slot: Slot, points: Shape) -> Tensor:
     gradient = gradients[slot.leaf]
-    return (gradient if slot.feature is None else gradient[..., slot.feature]).reshape(points)
+    return _shaped(gradient if slot.feature is None else gradient[..., slot.feature], points)
 
 
 def _add(columns: list[Tensor], column: int, tensor: Tensor) -> None:
@@ -169,7 +196,8 @@ def _add(columns: list[Tensor], column: int, tensor: Tensor) -> None:
 def _columns(value: Tensor, points: Shape) -> list[Tensor]:
     """The value as real tensors over the points, one for every output entry (two for a complex one)."""
     real = torch.view_as_real(value) if value.is_complex() else value
-    return list(real.reshape(*points, prod(real.shape[len(points) :])).unbind(-1))
+    width = prod(real.shape[len(points) :])
+    return [_shaped(real, points)] if width == 1 else list(real.reshape(*points, width).unbind(-1))
 
 
 def _assembled(columns: list[Tensor], like: Tensor) -> Tensor:
@@ -177,7 +205,12 @@ def _assembled(columns: list[Tensor], like: Tensor) -> Tensor:
     stacked = columns[0] if len(columns) == 1 else torch.stack(columns, -1)
     if like.is_complex():
         return torch.view_as_complex(stacked.reshape(*like.shape, 2)).to(like.dtype)
-    return stacked.reshape(like.shape).to(like.dtype)
+    return _shaped(stacked, like.shape).to(like.dtype)
+
+
+def _shaped(tensor: Tensor, shape: Shape) -> Tensor:
+    """A view only where the shape differs: each view would be a node in the graph of the next order."""
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 @final
@@ -223,7 +256,8 @@ class _Functional:
         pass
 
     def vjp(self, layer: Layer, leaves: Sequence[Tensor]) -> tuple[list[Tensor], Pull, Found]:
-        columns, pullback, found = torch.func.vjp(layer, *leaves, has_aux=True)
+        vjp: Callable[..., Any] = torch.func.vjp
+        columns, pullback, found = vjp(layer, *leaves, has_aux=True)
 
         def pull(seeds: Seeds, which: Sequence[int], create: bool) -> Sequence[Tensor]:
             zeros = (torch.zeros_like(column) for column in columns)
@@ -239,6 +273,8 @@ Reverse: TypeAlias = _Tape | _Functional
 def _reaches_others(columns: list[Tensor], leaves: Sequence[Tensor]) -> bool:
     """Whether the graph of the columns ends at any leaf tensor that is not one of ours: a parameter, or an input of the user's."""
     ours = {id(leaf) for leaf in leaves}
+    if any(column.is_leaf and column.requires_grad and id(column) not in ours for column in columns):
+        return True
     waiting: list[Any] = [column.grad_fn for column in columns if column.grad_fn is not None]
     seen = set(waiting)
     while waiting:

@@ -7,10 +7,10 @@ A term is the same thing in numbers: each coordinate is one component, or D of t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple, TypeAlias
 
 from .._errors import InputError, listed, near
@@ -21,18 +21,18 @@ Components: TypeAlias = tuple[int, ...]
 
 
 class Term(NamedTuple):
-    """One partial derivative: Laplacians over blocks of components first, then the components of `index`; both sorted."""
+    """One partial derivative: Laplacians over blocks of components first, then the components of `along`; both sorted."""
 
     laplacians: tuple[Components, ...]
-    index: Components
+    along: Components
 
     @property
     def order(self) -> int:
-        return 2 * len(self.laplacians) + len(self.index)
+        return 2 * len(self.laplacians) + len(self.along)
 
     @property
     def components(self) -> frozenset[int]:
-        return frozenset(self.index).union(*self.laplacians)
+        return frozenset(self.along).union(*self.laplacians)
 
 
 VALUE = Term((), ())
@@ -55,6 +55,8 @@ class Alphabet:
 
     components: Mapping[str, Components]
     vectors: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
+    """Arguments that are no tensors, for messages."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,7 +72,7 @@ class Alphabet:
             raise _unreadable(spec, self)
         letters = tuple(spec)
         if letters and all(isinstance(order, int) and not isinstance(order, bool) for order in letters):
-            return self._from_counts(tuple(int(order) for order in letters))
+            return self._from_counts(tuple(order for order in letters if isinstance(order, int)))
         if not all(isinstance(letter, str) for letter in letters):
             raise _unreadable(spec, self)
         return self._from_text(" ".join(str(letter) for letter in letters))
@@ -97,6 +99,17 @@ class Alphabet:
         gap = "" if all(len(name) == 1 for name in self.names) else " "
         return gap.join([*(f"{name}.{name}" for name in word.contracted), *word.free])
 
+    def unknown(self, spec: object, name: str) -> InputError:
+        """The error for a spec that names something which is not a coordinate."""
+        close = near(name, self.names)
+        packed = 'coords="xt" to name the features of a packed input'
+        return InputError(
+            f"the derivative {spec} names no coordinate with {name!r}",
+            got=f"{name!r}, which is no tensor in this call" if name in self.others else repr(name),
+            expected=f"coordinates: {listed(self.names)}",
+            hint=f"{name} as a tensor" if name in self.others else close if close.startswith("did") else packed,
+        )
+
     def _from_counts(self, counts: tuple[int, ...]) -> Word:
         if len(counts) != len(self.names):
             raise InputError(
@@ -110,9 +123,11 @@ class Alphabet:
     def _from_orders(self, orders: Mapping[str, int], spec: object) -> Word:
         for name, order in orders.items():
             if name not in self.components:
-                raise unknown(str(spec), str(name), self.names)
+                raise self.unknown(spec, str(name))
             if not isinstance(order, int) or isinstance(order, bool) or order < 0:
-                raise InputError(f"the derivative {spec} has an order that is not a count", got=f"{order!r} for {name}", expected="0, 1, 2, ...")
+                raise InputError(
+                    f"the derivative {spec} has an order that is not a count", got=f"{order!r} for {name}", expected="0, 1, 2, ..."
+                )
         return Word(tuple(name for name in self.names for _ in range(orders.get(name, 0))))
 
     def _from_text(self, text: str) -> Word:
@@ -122,7 +137,7 @@ class Alphabet:
         contracted: list[str] = []
         for chunk in re.sub(r"\s*\.\s*", ".", text).replace(",", " ").split():
             pieces = [self._letters(piece, text) for piece in chunk.split(".")]
-            for left, right in zip(pieces, pieces[1:], strict=False):
+            for left, right in pairwise(pieces):
                 contracted.append(self._contracted(left, right, text))
             free.extend(name for piece in pieces for name in piece)
         return Word(tuple(free), tuple(contracted))
@@ -146,7 +161,7 @@ class Alphabet:
             return [piece] if piece else []
         ways = _cuts(piece, tuple(sorted(self.names)))
         if not ways:
-            raise unknown(text, _rest(piece, self.names), self.names)
+            raise self.unknown(repr(text), _rest(piece, self.names))
         if len({tuple(sorted(way)) for way in ways}) > 1:
             raise InputError(
                 f"the derivative {text!r} can be read in more than one way",
@@ -157,29 +172,19 @@ class Alphabet:
         return list(ways[0])
 
 
-def unknown(spec: str, name: str, names: Iterable[str]) -> InputError:
-    """A spec that names something which is not a coordinate."""
-    known = tuple(names)
-    close = near(name, known)
-    return InputError(
-        f"the derivative {spec!r} names no coordinate with {name!r}",
-        got=repr(name),
-        expected=f"coordinates: {listed(known)}",
-        hint=close if close.startswith("did") else 'coords="xt" to name the features of a packed input',
-    )
-
-
-def name_list(given: str | Iterable[str], known: Iterable[str], what: str) -> tuple[str, ...]:
+def name_list(given: str | Iterable[str], known: Collection[str], what: str) -> tuple[str, ...]:
     """The names in `"xyt"`, `"x, y, t"` or `("x", "y", "t")`; a string that is a known name is that one name."""
     if isinstance(given, str):
         text = given.strip()
         parts = re.split(r"[\s,]+", text) if re.search(r"[\s,]", text) else list(text)
-        names = (text,) if text in set(known) else tuple(parts)
+        names = (text,) if text in known else tuple(parts)
     else:
         names = tuple(given)
     for name in names:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise InputError(f"`{what}` holds something that is not a name", got=repr(name), expected='names, such as "xyt" or ("x", "theta")')
+        if name not in known and not (isinstance(name, str) and name.isidentifier()):
+            raise InputError(
+                f"`{what}` holds something that is not a name", got=repr(name), expected='names, such as "xyt" or ("x", "theta")'
+            )
         if names.count(name) > 1:
             raise InputError(f"`{what}` names {name!r} twice", got=listed(names), expected="each name once")
     return names

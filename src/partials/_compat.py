@@ -1,0 +1,106 @@
+"""Every private torch name that the library uses, each with a public way to the same answer."""
+
+from __future__ import annotations
+
+import os
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from ._typing import Tensor
+
+try:
+    from torch._C import _functorch as _private
+except ImportError:  # pragma: no cover - a torch that moved its internals
+    _private = None  # type: ignore[assignment]
+
+
+PRIVATE = _private is not None and not os.environ.get("PARTIALS_PUBLIC_ONLY")
+"""Whether the private calls are there and not switched off (PARTIALS_PUBLIC_ONLY=1 switches them off)."""
+
+
+def transform_of(t: Tensor) -> str:
+    """The innermost torch.func transform that wraps `t`: "vmap", "other" (grad, jvp, functionalize), or ""."""
+    if type(t) is not Tensor and isinstance(t, torch.nn.Parameter):
+        return ""
+    if PRIVATE:
+        if not _private.is_functorch_wrapped_tensor(t):
+            return ""
+        return "vmap" if _private.is_batchedtensor(t) else "other"
+    text = repr(t) if _looks_wrapped(t) else ""
+    return "vmap" if text.startswith("BatchedTensor") else "other" if text else ""
+
+
+def _looks_wrapped(t: Tensor) -> bool:
+    """A functorch wrapper has no storage of its own: the public sign of one."""
+    try:
+        t.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return True
+    return False
+
+
+def unwrapped(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The tensor beneath all vmap levels, and the permutation that brings its batch dimensions to the front, outermost first."""
+    bdims: list[int] = []
+    while transform_of(t) == "vmap":
+        bdims.append(_private.maybe_get_bdim(t))
+        t = _private.get_unwrapped(t)
+    order = list(range(t.ndim))
+    # (each inner level's bdim counts dimensions of the tensor one level down, so levels are undone from the inside out)
+    position = list(range(t.ndim))
+    front: list[int] = []
+    for bdim in reversed(bdims):
+        front.append(position.pop(bdim))
+    return t, tuple([*front, *(d for d in order if d not in front)])
+
+
+def mapped_size(t: Tensor) -> int:
+    """The size of the dimension that the innermost `vmap` maps over in `t`."""
+    return int(_private.get_unwrapped(t).shape[_private.maybe_get_bdim(t)])
+
+
+def batched(t: Tensor, level: int) -> Tensor:
+    """`t`, (N, ...), as the `vmap` of that level sees one sample's (...)."""
+    return _private._add_batch_dim(t, 0, level)
+
+
+def current_level() -> int | None:
+    """The number of the innermost running torch.func transform, None outside any."""
+    return _private.maybe_current_level() if _private is not None else None
+
+
+def inside_transform() -> bool:
+    """Whether a torch.func transform is running."""
+    return current_level() is not None
+
+
+_OFF = {name: (lambda *_: False) for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")}
+_REBOUND: dict[Any, Any] = {}
+
+
+def body_of(function: Any) -> Any:
+    """A Python-level torch function without its override check, so that a mode sees the operations inside; None for others.
+
+    Only public Python is used: the same code object, bound to globals in which the check says no.
+    """
+    if function not in _REBOUND:
+        inner = getattr(function, "__wrapped__", None)
+        if isinstance(function, FunctionType) and inner is None and (function.__module__ or "").startswith("torch.nn.functional"):
+            copy = FunctionType(
+                function.__code__, {**function.__globals__, **_OFF}, function.__name__, function.__defaults__, function.__closure__
+            )
+            copy.__kwdefaults__ = function.__kwdefaults__
+            inner = copy
+        _REBOUND[function] = inner
+    return _REBOUND[function]
+
+
+def own_memory(z: Tensor) -> tuple[Tensor, Tensor]:
+    """`z` and the tensor beneath its vmap levels, no longer a view: later in-place operations on z leave its gradient edge right."""
+    if transform_of(z) != "vmap":
+        fresh = torch.ops.aten._unsafe_view(z, z.shape)
+        return fresh, fresh
+    below, bottom = own_memory(_private.get_unwrapped(z))
+    return _private._add_batch_dim(below, _private.maybe_get_bdim(z), _private.maybe_get_level(z)), bottom

@@ -1,0 +1,109 @@
+"""`Conv`: the block of a convolution's weight, kept as the input and the cotangent; patches are unfolded a few samples at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from ._blocks import ROOM, Block
+from ._factors import Outer
+from ._typing import Shape, Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(Block):
+    """J[n, c] = sum over positions of g (x) patch. Several images of one sample (frames) are further positions."""
+
+    a: Tensor
+    """(N, frames, I, *space)."""
+    g: Tensor
+    """(N, C, frames, O, *space')."""
+    shape: Shape
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.g.shape[0], self.g.shape[1]
+
+    def dense(self) -> Tensor:
+        return self._by_outer(lambda block: block.dense())
+
+    def write(self, out: Tensor, *, add: bool = False) -> None:
+        step = self._step()
+        for start in range(0, len(out), step):
+            self._at(slice(start, start + step)).outer().write(out[start : start + step], add=add)
+
+    def select(self, index: Tensor) -> Block:
+        return replace(self, a=self.a.index_select(0, index), g=self.g.index_select(0, index))
+
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.g.nbytes
+
+    def matmul(self, v: Tensor) -> Tensor:
+        return self._by_outer(lambda block: block.matmul(v))
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        step = self._step()
+        starts = range(0, max(1, len(self.g)), step)
+        found = [self._at(slice(s, s + step)).outer().rmatmul(u[s : s + step]) for s in starts]
+        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+
+    def squared_norms(self) -> Tensor:
+        return self._by_outer(lambda block: block.squared_norms())
+
+    def inner(self, other: Block) -> Tensor:
+        if not isinstance(other, Conv):
+            return super().inner(other)
+        return self._by_outer(lambda block, its: block.inner(its), other)
+
+    def own_gram(self, other: Block) -> Tensor:
+        if not isinstance(other, Conv):
+            return super().own_gram(other)
+        return self._by_outer(lambda block, its: block.own_gram(its), other)
+
+    def scaled(self, weights: Tensor) -> Block:
+        return replace(self, g=self.g * weights.reshape(*self.rows, *(1,) * (self.g.ndim - 2)))
+
+    def mixed(self, matrix: Tensor) -> Block:
+        return replace(self, g=(matrix @ self.g.flatten(2)).unflatten(2, self.g.shape[2:]))
+
+    def outer(self) -> Outer:
+        """The same block with patches unfolded: a (N, T, groups, I/groups * kernel), g (N, C, T, groups, O/groups)."""
+        n, c, frames = self.g.shape[:3]
+        space = self.g.shape[4:]
+        positions, entries = frames * space.numel(), torch.Size(self.shape[1:]).numel()
+        patches = self._patches().movedim(2, 2 + len(space))  # (N, frames, *space', I, *kernel)
+        a = patches.reshape(n, positions, self.groups, entries)
+        g = self.g.movedim(3, -1).reshape(n, c, positions, self.groups, self.shape[0] // self.groups)
+        return Outer(a, g, self.shape)
+
+    def _patches(self) -> Tensor:
+        """(N, frames, I, *space', *kernel): a strided view of the padded input."""
+        pads = [p for pair in reversed(self.padding) for p in pair]
+        x = F.pad(self.a, pads) if any(pads) else self.a
+        for d, (size, step, gap) in enumerate(zip(self.shape[2:], self.stride, self.dilation, strict=True)):
+            x = x.unfold(3 + d, gap * (size - 1) + 1, step)[..., ::gap]
+        cut = tuple(slice(0, size) for size in self.g.shape[4:])
+        return x[(slice(None), slice(None), slice(None), *cut)]
+
+    def _at(self, samples: slice) -> Conv:
+        return replace(self, a=self.a[samples], g=self.g[samples])
+
+    def _step(self) -> int:
+        """Samples whose patches fit in `ROOM` bytes."""
+        n, _, frames = self.g.shape[:3]
+        each = frames * self.g.shape[4:].numel() * torch.Size(self.shape[1:]).numel() * self.groups * self.a.element_size()
+        return max(1, min(max(n, 1), ROOM // max(each, 1)))
+
+    def _by_outer(self, function: Callable[..., Tensor], *others: Conv) -> Tensor:
+        step, n = self._step(), len(self.g)
+        if n <= step:
+            return function(self.outer(), *(o.outer() for o in others))
+        cuts = [slice(s, s + step) for s in range(0, n, step)]
+        return torch.cat([function(self._at(cut).outer(), *(o._at(cut).outer() for o in others)) for cut in cuts])

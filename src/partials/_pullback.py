@@ -1,0 +1,215 @@
+"""Blocks of tensors computed from parameters alone, carried back to the parameters: views by index, anything else by autograd.
+
+Dense rows are never carried back where a product will do: J_p = J_q (dq/dp), so J_p v = J_q (dq/dp v) and J_p^T u = (dq/dp)^T J_q^T u.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ._blocks import Block, Dense, size_of
+from ._typing import Shape, Tensor
+
+
+APART = Dense(torch.zeros(0, 0))
+"""Stands for "no entry in common"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Placed(Block):
+    """The block of a view whose entries are distinct entries of the parameter: norms and products are those of the view."""
+
+    view: Block
+    shape: Shape
+    index: Tensor
+    """(entries of the view,): their positions in the flattened parameter."""
+    key: tuple[Shape, Shape, int]
+    """(size, stride, offset) of the view: equal keys are equal views."""
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.view.rows
+
+    def dense(self) -> Tensor:
+        flat = self.view._flat()
+        return flat.new_zeros(*self.rows, size_of(self.shape)).index_copy(2, self.index, flat).reshape(*self.rows, *self.shape)
+
+    def write(self, out: Tensor, *, add: bool = False) -> None:
+        if not add:
+            out.zero_()
+        flat = self.view._flat().to(out.dtype)
+        out.index_add_(2, self.index, flat) if add else out.index_copy_(2, self.index, flat)
+
+    def select(self, index: Tensor) -> Block:
+        return replace(self, view=self.view.select(index))
+
+    def nbytes(self) -> int:
+        return self.view.nbytes()
+
+    def matmul(self, v: Tensor) -> Tensor:
+        return self.view.matmul(v.flatten(0, -2)[self.index].reshape(*self.view.shape, v.shape[-1]) if v.ndim > 1 else v)
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        return self._place(self.view.rmatmul(u), u.shape[-1])
+
+    def squared_norms(self) -> Tensor:
+        return self.view.squared_norms()
+
+    def inner(self, other: Block) -> Tensor:
+        its = self._beside(other)
+        return super().inner(other) if its is None else self.view.inner(its) if its is not APART else self._zeros(*self.rows)
+
+    def gram(self, other: Block) -> Tensor:
+        its = self._beside(other)
+        return super().gram(other) if its is None else self.view.gram(its) if its is not APART else self._zeros(*self.rows, *other.rows)
+
+    def own_gram(self, other: Block) -> Tensor:
+        its = self._beside(other)
+        return super().own_gram(other) if its is None else self.view.own_gram(its) if its is not APART else self._zeros(*self.rows, other.rows[1])
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        found = self.view.weighted_sum(weights)
+        return self._place(found.movedim(0, -1), found.shape[0]).movedim(-1, 0)
+
+    def scaled(self, weights: Tensor) -> Block:
+        return replace(self, view=self.view.scaled(weights))
+
+    def mixed(self, matrix: Tensor) -> Block:
+        return replace(self, view=self.view.mixed(matrix))
+
+    def _place(self, columns: Tensor, k: int) -> Tensor:
+        """(*view shape, k) -> (*shape, k)."""
+        flat = columns.reshape(-1, k)
+        return flat.new_zeros(size_of(self.shape), k).index_copy(0, self.index, flat).reshape(*self.shape, k)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return self.view.squared_norms().new_zeros(shape)
+
+    def _beside(self, other: Block) -> Block | None:
+        """The other's view where it is the same one, APART where the two share no entry, None where nothing is known."""
+        if not isinstance(other, Placed):
+            return None
+        if other.key == self.key:
+            return other.view
+        if not self.index.numel() or not other.index.numel():
+            return APART
+        (low, high), (its_low, its_high) = ((int(i.min()), int(i.max())) for i in (self.index, other.index))
+        return APART if high < its_low or its_high < low else None
+
+
+@dataclass(frozen=True, eq=False)
+class Pullback(Block):
+    """The block of `derived`, a function of `parameter`, times d derived / d parameter by ordinary autograd."""
+
+    inner_block: Block
+    derived: Tensor = field(repr=False)
+    parameter: Tensor = field(repr=False)
+    attached: bool = False
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return tuple(self.parameter.shape)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.inner_block.rows
+
+    def dense(self) -> Tensor:
+        rows = self.inner_block.dense()
+        return (
+            self._pull(rows.flatten(0, 1)).unflatten(0, self.rows)
+            if rows.shape[0] * rows.shape[1]
+            else rows.new_zeros(*self.rows, *self.shape)
+        )
+
+    def select(self, index: Tensor) -> Block:
+        return replace(self, inner_block=self.inner_block.select(index))
+
+    def nbytes(self) -> int:
+        return self.inner_block.nbytes()
+
+    def matmul(self, v: Tensor) -> Tensor:
+        return self.inner_block.matmul(torch.stack([self._push(column) for column in v.unbind(-1)], -1))
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        return self._pull(self.inner_block.rmatmul(u).movedim(-1, 0)).movedim(0, -1)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return self._pull(self.inner_block.weighted_sum(weights))
+
+    def scaled(self, weights: Tensor) -> Block:
+        return replace(self, inner_block=self.inner_block.scaled(weights))
+
+    def mixed(self, matrix: Tensor) -> Block:
+        return replace(self, inner_block=self.inner_block.mixed(matrix))
+
+    def _pull(self, cotangents: Tensor) -> Tensor:
+        """(K, *derived shape) -> (K, *shape): K vector-Jacobian products of the function."""
+        with torch.enable_grad():
+            found = (
+                [
+                    torch.autograd.grad(
+                        self.derived,
+                        self.parameter,
+                        g.to(self.derived.dtype),
+                        retain_graph=True,
+                        create_graph=self.attached,
+                        allow_unused=True,
+                    )[0]
+                    for g in cotangents.unbind()
+                ]
+                if self.attached or len(cotangents) == 1
+                else [
+                    *torch.autograd.grad(
+                        self.derived,
+                        self.parameter,
+                        cotangents.to(self.derived.dtype),
+                        retain_graph=True,
+                        allow_unused=True,
+                        is_grads_batched=True,
+                    )
+                ]
+            )
+        if len(found) == 1 and len(cotangents) != 1:
+            return found[0]
+        return torch.stack([torch.zeros_like(self.parameter) if row is None else row for row in found])
+
+    def _push(self, v: Tensor) -> Tensor:
+        """d derived / d parameter . v, as the derivative of the vector-Jacobian product in its (linear) cotangent."""
+        with torch.enable_grad():
+            w = torch.zeros_like(self.derived, requires_grad=True)
+            (pulled,) = torch.autograd.grad(self.derived, self.parameter, w, retain_graph=True, create_graph=True, allow_unused=True)
+            if pulled is None or not pulled.requires_grad:
+                return torch.zeros_like(self.derived)
+            (found,) = torch.autograd.grad(pulled, w, v.to(pulled.dtype), retain_graph=True, create_graph=self.attached)
+        return found
+
+
+def carried(block: Block, derived: Tensor, parameter: Tensor, *, attached: bool) -> Block:
+    """The block of `parameter` from that of `derived`, which is it, a view of it, or computed from it."""
+    if derived is parameter:
+        return block
+    index = None if attached else positions(derived, parameter)
+    if index is None:
+        return Pullback(block, derived, parameter, attached)
+    key = (tuple(derived.shape), derived.stride(), int(derived.storage_offset() - parameter.storage_offset()))
+    return Placed(block, tuple(parameter.shape), index, key)
+
+
+def positions(view: Tensor, parameter: Tensor) -> Tensor | None:
+    """Positions in the flattened parameter of a view's entries, None where it is no view or repeats entries."""
+    if (
+        not view._is_view()
+        or view._base is not (parameter if parameter._base is None else parameter._base)
+        or view.dtype != parameter.dtype
+    ):
+        return None
+    if any(stride == 0 and size > 1 for size, stride in zip(view.shape, view.stride(), strict=True)):
+        return None
+    numbers = torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.int64, device=parameter.device)
+    numbers.copy_(torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape))
+    offset = view.storage_offset() - parameter.storage_offset()
+    found = numbers.as_strided(view.shape, view.stride(), offset).reshape(-1)
+    return found if len(torch.unique(found)) == len(found) else None

@@ -1,0 +1,128 @@
+"""From a recorded use, its cotangent and its layout to the block of a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .._blocks import Block, Dense
+from .._conv import Conv
+from .._factors import Outer
+from .._gather import Gather
+from .._graph import reached
+from .._pullback import carried
+from .._typing import Tensor
+from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, SumPart
+from .layout import Layout
+from .recorder import Refused, Use
+
+
+def blocks_of(use: Use, g: Tensor, layout: Layout, n: int, wanted: Mapping[str, Tensor], *, attached: bool) -> dict[str, Block]:
+    """The use's block for each wanted parameter that its argument leads to; g is (C, *edge shape)."""
+    block = BUILDERS[type(use.part)](use, g, layout, n)
+    derived = use.part.parameter
+    names = [name for name, t in wanted.items() if t is derived] or sorted(reached(derived, wanted))
+    return {name: carried(block, derived, wanted[name], attached=attached) for name in names}
+
+
+def _outer(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
+    part: Any = use.part
+    a = part.a
+    if part.order == "i":
+        g = g.unsqueeze(-1)
+    if part.transposed:
+        g, a, layout = g.mT, a.mT, _swapped(layout, g.ndim - 1)
+    _keep(
+        layout, range(g.ndim - 2 - part.groups - (part.groups > 0), g.ndim - 2 - (part.groups > 0)) if part.groups else (), g.ndim - 2, use
+    )
+    if a.shape[:-1] != g.shape[1:-1]:
+        raise Refused(f"{use.operation}: input and output do not stand side by side")
+    g, a = layout.samples_first(g, n, 1), layout.samples_first(a, n)
+    if part.groups:  # (N, C, lead, *groups, t, O) -> (N, C, lead, t, *groups, O)
+        g, a = (x.movedim(-2, -2 - part.groups) for x in (g, a))
+    lead = a.ndim - 2 - part.groups
+    a = a.flatten(1, lead) if lead else a.unsqueeze(1)
+    g = g.flatten(2, lead + 1) if lead else g.unsqueeze(2)
+    a = a.flatten(2, -2) if part.groups else a.unsqueeze(2)
+    g = g.flatten(3, -2) if part.groups else g.unsqueeze(3)
+    if part.scale != 1:
+        g = g * part.scale
+    return Outer(a.to(g.dtype), g, tuple(part.parameter.shape), "oi" if part.order == "i" else part.order)
+
+
+def _sum(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
+    part: Any = use.part
+    shape = tuple(part.parameter.shape)
+    rank = g.ndim - 1
+    rows = layout.samples_first(g, n, 1)
+    if part.times is not None:
+        rows = rows * layout.samples_first(part.times(*part.saved), n).to(g.dtype).unsqueeze(1)
+    if part.channel:
+        _keep(layout, (rank + part.channel,), rank, use)  # (rank: no dimension is the last one)
+        return Dense(_scaled(rows.sum([d for d in range(2, rows.ndim) if d != rows.ndim + part.channel]), part.scale))
+    return Dense(_scaled(_reduced(rows, shape, layout, rank, n, use), part.scale))
+
+
+def _expanded(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
+    if use.known_layout:
+        return Dense(g.movedim(1, 0))
+    return Dense(_reduced(layout.samples_first(g, n, 1), tuple(use.part.parameter.shape), layout, g.ndim - 1, n, use))
+
+
+def _gather(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
+    part: Any = use.part
+    inner = part.parameter.ndim - 1
+    _keep(layout, range(g.ndim - 1 - inner, g.ndim - 1), g.ndim - 1, use)
+    index = layout.samples_first(part.index, n).reshape(n, -1)
+    g = layout.samples_first(g, n, 1)
+    g = g.reshape(n, g.shape[1], index.shape[1], -1)
+    shape = tuple(part.parameter.shape)
+    return Gather(index, g, (shape[0], g.shape[-1])) if len(shape) == 2 else _Reshaped(Gather(index, g, (shape[0], g.shape[-1])), shape)
+
+
+def _Reshaped(block: Gather, shape: tuple[int, ...]) -> Block:
+    return Dense(block.dense().reshape(*block.rows, *shape))
+
+
+def _conv(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
+    part: Any = use.part
+    if layout.dim > 0 or part.a.shape[0] != g.shape[1]:
+        raise Refused(f"{use.operation}: the samples are not along the batch dimension")
+    a, g = layout.samples_first(part.a, n), layout.samples_first(g, n, 1)
+    return Conv(a.to(g.dtype), g, tuple(part.parameter.shape), part.stride, part.padding, part.dilation, part.groups)
+
+
+def _reduced(rows: Tensor, shape: tuple[int, ...], layout: Layout, rank: int, n: int, use: Use) -> Tensor:
+    """(N, C, *positions) -> (N, C, *shape), summed over what broadcasting repeated; the sample dimension must have been repeated."""
+    wide = (1,) * (rank - len(shape)) + shape
+    if layout.dim >= 0 and wide[layout.dim] != 1:
+        raise Refused(f"{use.operation}: the parameter has a value for each sample of its own")
+    repeated = [2 + d for d in range(rank) if wide[d] == 1]
+    rows = rows.sum(repeated, keepdim=True) if repeated else rows
+    return rows.reshape(*rows.shape[:2], *shape)
+
+
+def _scaled(rows: Tensor, scale: float) -> Tensor:
+    return rows if scale == 1 else rows * scale
+
+
+def _swapped(layout: Layout, rank: int) -> Layout:
+    """The layout after the last two of `rank` dimensions change places."""
+    other = {rank - 1: rank - 2, rank - 2: rank - 1}.get(layout.dim, layout.dim)
+    return Layout(other, layout.outer, layout.inner)
+
+
+def _keep(layout: Layout, taken: Any, last: int, use: Use) -> None:
+    if layout.dim >= 0 and (layout.dim == last or layout.dim in [d % (last + 1) for d in taken]):
+        raise Refused(f"{use.operation}: the samples lie along a feature dimension")
+
+
+BUILDERS: dict[type, Callable[[Use, Tensor, Layout, int], Block]] = {
+    OuterPart: _outer,
+    SumPart: _sum,
+    ExpandedPart: _expanded,
+    GatherPart: _gather,
+    ConvPart: _conv,
+}

@@ -1,0 +1,296 @@
+"""The mode that watches f run: it follows which tensors depend on the samples, and records every use of a wanted parameter.
+
+A use is an operation with an argument that requires grad, does not depend on the samples and leads to a wanted parameter, beside
+one that does depend on them. Its output's gradient edge is taken before user code sees it; what happens to the output later,
+in place or not, leaves the edge right.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from .. import _compat
+from .._graph import reached
+from .._signature import rebuild, tensors_in, walk
+from .._typing import Tensor
+from ..rules import ELEMENTWISE, RULES, ConvPart, Declined, ExpandedPart, NoRule, Part
+
+EXPANDS = {
+    torch.Tensor.expand,
+    torch.Tensor.expand_as,
+    torch.Tensor.repeat,
+    torch.broadcast_to,
+    torch.Tensor.broadcast_to,
+    torch.tile,
+    torch.Tensor.tile,
+}
+"""Operations that can give a parameter a sample dimension of its own: a class token expanded to the batch."""
+_MARK = "_partials_sample"
+
+
+@dataclass
+class Use:
+    """One recorded use: the edge whose cotangent is wanted, and the part that turns it into a block."""
+
+    operation: str
+    part: Part
+    edge: GradientEdge
+    shape: tuple[int, ...]
+    order: tuple[int, ...] | None = None
+    """In a vmapped run: the permutation that brings the batch dimension of the edge's tensor to the front."""
+    merged: bool = False
+    """In a vmapped run: the batch dimension of one that f saw is merged with the samples."""
+    known_layout: bool = False
+    saved: tuple[tuple[Tensor, int], ...] = ()
+    """Tensors that the block will read, with their versions when they were recorded."""
+
+
+@dataclass
+class Trace:
+    """What one run of f recorded."""
+
+    uses: list[Use] = field(default_factory=list)
+    stops: dict[Any, list[Any]] = field(default_factory=dict)
+    """Graph node of a recorded edge -> nodes of its data inputs, from which the completeness walk goes on."""
+    nested: bool = False
+    """f called torch.autograd.grad itself."""
+    refused: str = ""
+    expanded: list[str] = field(default_factory=list)
+
+
+class Refused(Exception):
+    """This run cannot be captured; the text says why."""
+
+
+class Recorder(TorchFunctionMode):
+    """Records into `trace`. With `expand_unknown`, operations without a rule get their parameter expanded over the samples."""
+
+    def __init__(
+        self, wanted: Mapping[str, Tensor], samples: Iterable[Tensor], size: int, *, expand_unknown: bool = False, attached: bool = False
+    ) -> None:
+        super().__init__()
+        self.wanted, self.size = wanted, size
+        self.expand_unknown, self.attached = expand_unknown, attached
+        self.trace = Trace()
+        self.token = object()
+        self.level: int | None = None
+        """In a vmapped run: the number of our own vmap, whose mapped dimension is the samples."""
+        self.samples = {id(t) for t in samples}
+        self.leads: dict[int, tuple[Tensor, bool]] = {id(t): (t, True) for t in wanted.values()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        depends, parameters = self._scan(args, kwargs)
+        if parameters and torch.is_grad_enabled():
+            if depends:
+                out = self._use(func, args, kwargs, parameters)
+            elif func in EXPANDS and not self.expand_unknown and self._gains_samples(out := func(*args, **kwargs), args[0]):
+                out = self._record_expanded(func, args[0], out)
+                depends = True
+            elif func not in EXPANDS or self.expand_unknown:
+                out = func(*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
+            if func is torch.autograd.grad:
+                self.trace.nested = True
+        if depends:
+            self._mark(out, func, args)
+        return out
+
+    def _scan(self, args: Any, kwargs: Any) -> tuple[bool, list[Tensor]]:
+        """Whether any tensor depends on the samples, and the tensors that lead to wanted parameters and do not."""
+        depends, parameters = False, []
+        for t in tensors_in((*args, *kwargs.values()) if kwargs else args):
+            if self.depends(t):
+                depends = True
+            elif t.requires_grad and self.leads_to_wanted(t):
+                parameters.append(t)
+        return depends, parameters
+
+    def depends(self, t: Tensor) -> bool:
+        return getattr(t, _MARK, None) is self.token or id(t) in self.samples or _compat.transform_of(t) == "vmap"
+
+    def leads_to_wanted(self, t: Tensor) -> bool:
+        known = self.leads.get(id(t))
+        if known is None or known[0] is not t:
+            known = (t, t.grad_fn is not None and bool(reached(t, self.wanted)))
+            self.leads[id(t)] = known
+        return known[1]
+
+    def _mark(self, out: Any, func: Any, args: Any) -> None:
+        if isinstance(out, Tensor):
+            setattr(out, _MARK, self.token)
+        elif isinstance(out, tuple | list):
+            for _, t in walk(out, ""):
+                setattr(t, _MARK, self.token)
+        name = getattr(func, "__name__", "")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            target = args[0]
+            for written in (target, target._base) if isinstance(target, Tensor) else ():
+                if written is not None and not self.leads.get(id(written), (None, False))[1]:
+                    setattr(written, _MARK, self.token)
+
+    def _use(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
+        if any(_compat.transform_of(t) == "other" for t in tensors_in((*args, *kwargs.values()))):
+            raise Refused(f"{label(func)} runs inside a torch.func transform within f")
+        if func in RULES:
+            try:
+                return self._by_rule(func, args, kwargs, parameters)
+            except NoRule as declined:
+                if not self.expand_unknown and not self._mapped(args, kwargs):
+                    raise Refused(f"{label(func)}: {declined}") from None
+                return self._by_expansion(func, args, kwargs, parameters)
+        if func in ELEMENTWISE and not self.expand_unknown:
+            return self._elementwise(func, args, kwargs, parameters)
+        body = _compat.body_of(func) if isinstance(func, FunctionType) else None
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        if self.expand_unknown or self._mapped(args, kwargs):
+            return self._by_expansion(func, args, kwargs, parameters)
+        raise Refused(f"{label(func)} takes a parameter and has no rule")
+
+    def _by_rule(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
+        mine = {id(p) for p in parameters}
+        parts = [part for part in RULES[func](*args, **kwargs) if id(part.parameter) in mine]
+        for part in parts:
+            if isinstance(part, Declined):
+                raise NoRule(part.reason)
+        if {id(part.parameter) for part in parts} != mine:
+            raise NoRule("the rule says nothing about one of its parameters")
+        out = func(*args, **kwargs)
+        if not isinstance(out, Tensor):
+            raise NoRule("an operation with several outputs")
+        raw, order = _compat.unwrapped(out)
+        if raw._is_view():
+            out, raw = _compat.own_memory(out)
+        merged = raw is not out and any(isinstance(part, ConvPart) or getattr(part, "channel", 0) for part in parts)
+        if merged and any(t.ndim and t.shape[0] != 1 for t in (out, *(t for part in parts for t in read_by(part)))):
+            raise NoRule("an operation on one sample without its batch dimension")
+        edge = get_gradient_edge(raw)
+        self.trace.stops[edge.node] = [t.grad_fn for t in self._data(args, kwargs, mine) if t.grad_fn is not None]
+        for part in parts:
+            physical = part if raw is out else with_data(part, lambda t: self._physical(t, merged))
+            self._add(func, physical, edge, tuple(raw.shape), order if raw is not out else None, merged=merged)
+        return out
+
+    def _physical(self, t: Tensor, merged: bool) -> Tensor:
+        """The tensor beneath vmap, samples first; with `merged`, the batch dimension of one that f saw is merged with them."""
+        raw, order = _compat.unwrapped(t)
+        if raw is t:
+            return t.expand(self.size, *t.shape)
+        return raw.permute(order).flatten(0, 1) if merged else raw.permute(order)
+
+    def _mapped(self, args: Any, kwargs: Any) -> bool:
+        """Whether the user's own vmap is at work here, so that a parameter can be expanded along what it maps over."""
+        return any(_compat.transform_of(t) == "vmap" for t in tensors_in((*args, *kwargs.values())))
+
+    def _data(self, args: Any, kwargs: Any, mine: set[int]) -> list[Tensor]:
+        return [_compat.unwrapped(t)[0] for t in tensors_in((*args, *kwargs.values())) if id(t) not in mine]
+
+    def _elementwise(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
+        tensors = tensors_in((*args, *kwargs.values()))
+        shape = broadcast([t.shape for t in tensors])
+        if any(_compat.transform_of(t) for t in tensors):
+            return self._by_expansion(func, args, kwargs, parameters)
+        return self._with_expanded(func, args, kwargs, parameters, lambda p: p.expand(shape) if p.shape != shape else p.view_as(p))
+
+    def _by_expansion(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
+        """The parameter as (N, *shape), one for each sample, seen by vmap as the sample's own: its cotangent is the block.
+
+        Under the user's own `torch.vmap` in a native run, one for each entry that it maps over: whose they are is measured.
+        """
+        self.trace.expanded.append(label(func))
+        in_place = getattr(func, "__name__", "").endswith("_") and any(t is args[0] for t in parameters)
+        level, size = self.level or _compat.current_level() or 0, self.size
+        if self.level is None:
+            mapped = next(t for _, t in walk((args, kwargs), "") if _compat.transform_of(t) == "vmap")
+            size = _compat.mapped_size(mapped)
+
+        def expand(p: Tensor) -> Tensor:
+            wide = p.expand(size, *p.shape)
+            return wide.clone() if in_place else wide
+
+        return self._with_expanded(func, args, kwargs, parameters, expand, lambda wide: _compat.batched(wide, level))
+
+    def _with_expanded(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor], expand: Any, wrap: Any = None) -> Any:
+        mine = {id(p) for p in parameters}
+        swapped: dict[int, Tensor] = {}
+        for p in parameters:
+            if id(p) not in swapped:
+                wide = expand(p)
+                self._record_expanded(func, p, wide, known=self.level is not None)
+                swapped[id(p)] = wide if wrap is None else wrap(wide)
+        new_args, new_kwargs = rebuild((args, kwargs), iter([swapped[id(t)] if id(t) in mine else t for t in tensors_in((*args, *kwargs.values()))]))
+        return func(*new_args, **new_kwargs)
+
+    def _record_expanded(self, func: Any, p: Tensor, wide: Tensor, *, known: bool = False) -> Tensor:
+        edge = get_gradient_edge(wide)
+        self.trace.stops[edge.node] = []
+        self._add(func, ExpandedPart(p, wide), edge, tuple(wide.shape), None, known=known)
+        return wide
+
+    def _gains_samples(self, out: Any, before: Tensor) -> bool:
+        """Whether an expansion gave the parameter a dimension that could hold the samples."""
+        if self.size < 2 or not isinstance(out, Tensor) or not out.requires_grad or out is before:
+            return False
+        old = (1,) * (out.ndim - before.ndim) + tuple(before.shape)
+        return any(new != size and new % self.size == 0 for size, new in zip(old, out.shape, strict=True))
+
+    def _add(
+        self,
+        func: Any,
+        part: Part,
+        edge: GradientEdge,
+        shape: tuple[int, ...],
+        order: tuple[int, ...] | None,
+        *,
+        merged: bool = False,
+        known: bool = False,
+    ) -> None:
+        if not self.attached:
+            part = detached(part)
+        saved = tuple((t, t._version) for t in read_by(part))
+        self.trace.uses.append(Use(label(func), part, edge, shape, order, merged, known, saved))
+
+
+def broadcast(shapes: list[torch.Size]) -> tuple[int, ...]:
+    """The shape that these broadcast to (torch's own function for it takes 30 microseconds)."""
+    rank = max(map(len, shapes))
+    sizes = [1] * rank
+    for shape in shapes:
+        for at, size in enumerate(shape, rank - len(shape)):
+            if size != 1:
+                sizes[at] = size
+    return tuple(sizes)
+
+
+@functools.cache
+def label(func: Any) -> str:
+    """A function's name as a user would write it."""
+    name = resolve_name(func) or getattr(func, "__name__", str(func))
+    return str(name).replace("torch.nn.functional.", "F.").removeprefix("torch.").replace("Tensor.__get__", "attribute")
+
+
+def read_by(part: Part) -> list[Tensor]:
+    """The data tensors that the part's block reads later."""
+    return tensors_in(value for name, value in vars(part).items() if name not in ("parameter", "expanded"))
+
+
+def with_data(part: Part, function: Any) -> Part:
+    """The part with `function` applied to each data tensor."""
+    fields = {n: v if n == "parameter" else rebuild(v, iter([function(t) for t in tensors_in((v,))])) for n, v in vars(part).items()}
+    return type(part)(**fields)
+
+
+def detached(part: Part) -> Part:
+    """The part with its data cut from the graph, sharing memory and version counter."""
+    return ExpandedPart(part.parameter, part.parameter) if isinstance(part, ExpandedPart) else with_data(part, Tensor.detach)

@@ -1,0 +1,116 @@
+"""One ordinary call of f with its graph kept: what identities are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .._errors import PartialsError
+from .._output import check_output
+from .._problem import Problem
+from .._signature import usable
+from .._state import drawn_from
+from .._typing import Tensor
+from .places import Marks, Place, Readable
+
+
+@dataclass
+class Call:
+    """f on the batch of a problem, with the user's own parameters, without any transform."""
+
+    problem: Problem
+    tensors: dict[str, Tensor]
+    """What stands for each target: the user's own parameter, or an alias of an argument."""
+    out: Tensor
+    """(N, C), with its graph."""
+    places: list[Place] = field(default_factory=list)
+    unread: str = ""
+    """Why derivatives with respect to samples could not be made readable."""
+
+    @property
+    def values(self) -> Tensor:
+        """(N, C)."""
+        return self.out.detach()
+
+    def pull(self, u: Tensor, wanted: Sequence[Readable]) -> list[Tensor | None]:
+        """One ordinary backward of sum u f."""
+        if not self.out.requires_grad or not wanted:
+            return [None] * len(wanted)
+        places: Any = list(wanted)
+        return list(torch.autograd.grad(self.out, places, u, retain_graph=True, allow_unused=True))
+
+    def gradients(self, u: Tensor) -> dict[str, Tensor]:
+        """d sum u f / d target by name, zeros where f does not use one; an input's with samples first."""
+        return self.named(self.pull(u, list(self.tensors.values())))
+
+    def named(self, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """Gradients in the order of the targets, by name."""
+        by_name: dict[str, Tensor] = {}
+        for target, gradient in zip(self.problem.targets, found, strict=True):
+            full = torch.zeros_like(self.tensors[target.name]) if gradient is None else gradient.detach()
+            if target.kind == "input":
+                full = full.movedim(self.problem.dim_of(target), 0) if self.problem.batched else full.unsqueeze(0)
+            by_name[target.name] = full
+        return by_name
+
+
+def call(problem: Problem, *, reading: bool = False) -> Call:
+    """Run f once. With `reading`, its batched inputs are replaced by copies in the graph; where f does not run on those, they are not."""
+    if reading and problem.batched and problem.size > 1:
+        try:
+            return _run(problem, reading=True)
+        except PartialsError:
+            raise
+        except Exception as error:  # f's own refusal of inputs that require grad; what else is wrong shows again below
+            plain = _run(problem, reading=False)
+            plain.unread = f"{problem.name} does not run on inputs that require grad ({in_short(error)})"
+            return plain
+    return _run(problem, reading=False)
+
+
+def _run(problem: Problem, *, reading: bool) -> Call:
+    tensors = stand_ins(problem)
+    leaves, places, sources = _leaves(problem) if reading else (problem.given, [], {})
+    marks = Marks(sources, problem.size) if sources else None
+    with drawn_from(problem.random_state, problem.targets[0].tensor.device), marks or nullcontext():
+        out = problem(tensors, leaves)
+    out = check_output(out, problem.size, problem.name, batched=problem.batched)
+    places += marks.places if marks is not None else []
+    if reading:
+        places += [Place(t.name, tensors[t.name], problem.dim_of(t)) for t in problem.inputs]
+    return Call(problem, tensors, out.reshape(problem.size, -1) if problem.size else out.flatten(1), places)
+
+
+def stand_ins(problem: Problem) -> dict[str, Tensor]:
+    """The user's own tensor for a parameter that f reaches from outside; a detached alias for an argument."""
+
+    def alias(tensor: Tensor) -> Tensor:
+        return usable(tensor).detach().requires_grad_()
+
+    return {t.name: t.tensor if t.leaf is None and t.tensor.requires_grad else alias(t.tensor) for t in problem.targets}
+
+
+def _leaves(problem: Problem) -> tuple[list[Tensor], list[Place], dict[str, Tensor]]:
+    """What f is given: copies of its batched float inputs, the places at which those can be read, and its batched integer inputs."""
+    given, places, sources = [], [], {}
+    targets = {t.leaf for t in problem.targets}
+    for leaf, tensor in zip(problem.leaves, problem.given, strict=True):
+        if leaf.dim is None or leaf.name in targets:
+            given.append(tensor)
+        elif tensor.is_floating_point():
+            alias = usable(tensor).detach().requires_grad_()
+            places.append(Place(leaf.name, alias, leaf.dim))
+            given.append(alias.clone())
+        else:
+            sources[leaf.name] = tensor
+            given.append(tensor)
+    return given, places, sources
+
+
+def in_short(error: BaseException) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

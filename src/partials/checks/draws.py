@@ -1,0 +1,46 @@
+"""The random numbers of the checks: from a generator of their own, so that the user's random state is never read or moved."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import torch
+
+from .._typing import Tensor
+
+
+def fresh_seed() -> int:
+    return secrets.randbits(32)
+
+
+class Draws:
+    """Gaussian vectors and random choices from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def gaussian(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Gaussian numbers, each pushed away from zero by 1/2, so that no row is weighted by almost nothing.
+
+        Signs and unequal magnitudes both matter: without the first, errors of opposite sign hide each other's absence;
+        without the second, a swap does.
+        """
+        numbers = self.normal(shape, like)
+        return numbers + numbers.sign() / 2
+
+    def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        wide = torch.float64 if like.dtype is torch.float64 else torch.float32
+        return torch.randn(tuple(shape), generator=self.generator, dtype=wide).to(like.device, like.dtype)
+
+    def weights(self, count: int, like: Tensor) -> Tensor:
+        """Different numbers between 1 and 2."""
+        return (1 + torch.rand(count, generator=self.generator, dtype=torch.float64)).to(like.device, like.dtype)
+
+    def choice(self, among: Sequence[int], count: int) -> list[int]:
+        order = torch.randperm(len(among), generator=self.generator).tolist()
+        return sorted(among[i] for i in order[:count])
+
+    def permutation(self, count: int) -> Tensor:
+        return torch.randperm(count, generator=self.generator)

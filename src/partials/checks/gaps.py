@@ -1,0 +1,106 @@
+"""Gaps: how far a sum of rows is from an ordinary backward, over the size that the sum has when nothing cancels.
+
+NOTE on scales. Entrywise relative errors mean nothing: entries of healthy rows cancel to anything. A sum over rows with random weights
+u has the size sqrt(sum_nc |u_nc J_nc|^2), and the errors of its terms add up in the same way, so that is what an error is measured by.
+
+NOTE on products. J^T u is compared with the ordinary backward, and u.(J v) with (J^T u).v: together, with <backward, v>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import _algebra
+from .._blocks import Block
+from .._typing import Tensor
+from .subject import Subject
+from .tolerance import Tolerance, apart, over, size, typical
+
+Key = tuple[str, str]
+"""(check, parameter)."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The error over its scale, and for an input the sample where it is largest."""
+
+    error: float
+    terms: int
+    """The rows that were summed."""
+    sample: int | None = None
+
+    def over(self, tolerance: Tolerance) -> float:
+        """The error in units of what is allowed."""
+        return self.error / tolerance.summing(self.terms).value
+
+
+@dataclass
+class Sides:
+    """The rows of some samples, weighted by u; everything here is without graph."""
+
+    subject: Subject
+    squares: dict[str, Tensor]
+    v: dict[str, Tensor]
+    """A vector for each parameter."""
+
+    def gaps(
+        self, own: Mapping[str, Tensor], u: Tensor, samples: Sequence[int] | None, names: Sequence[str] | None = None
+    ) -> dict[Key, Gap]:
+        """Compare with `own`, the gradients of sum u f by an ordinary backward; u (M, C) weights the M samples (None: all)."""
+        found: dict[Key, Gap] = {}
+        index = None if samples is None else torch.tensor(samples, dtype=torch.int64)
+        for target in self.subject.targets:
+            name = target.name
+            if names is not None and name not in names:
+                continue
+            group = self.subject.blocks[name] if index is None else tuple(block.select(index) for block in self.subject.blocks[name])
+            squares = self.squares[name] if index is None else self.squares[name][index.to(u.device)]
+            scale = (u.double().square() * squares).sum(1)
+            if target.kind == "input":
+                found["backward", name] = self._input(group, own[name], u, scale.sqrt())
+                continue
+            total, mine = scale.sum().sqrt(), weighted(group, u)
+            found["backward", name] = Gap(ratio(size(apart(mine, own[name])), total), u.numel())
+            left, right = pushed(group, u, self.v[name]), (mine.double() * self.v[name].double()).sum()
+            found["product", name] = Gap(ratio(apart(left, right).abs(), total), u.numel())
+        return found
+
+    def _input(self, group: tuple[Block, ...], own: Tensor, u: Tensor, scale: Tensor) -> Gap:
+        errors = over(size(apart(weighted_each(group, u), own.reshape(len(u), -1)), samples=True), typical(scale)).nan_to_num(torch.inf)
+        worst = int(errors.argmax())
+        return Gap(float(errors[worst]), u.shape[1], worst)
+
+
+def weighted(group: tuple[Block, ...], u: Tensor) -> Tensor:
+    """sum_nc u[n, c] J[n, c] of a parameter: (*shape)."""
+    with torch.no_grad():
+        return _algebra.sum_of([block.rmatmul(u.unsqueeze(-1)) for block in group]).squeeze(-1)
+
+
+def weighted_each(group: tuple[Block, ...], u: Tensor) -> Tensor:
+    """sum_c u[n, c] J[n, c] of an input, each sample by itself: (N, entries)."""
+    with torch.no_grad():
+        rows = _algebra.rows(group)
+        return torch.einsum("nc,ncp->np", u.to(rows.dtype), rows.reshape(*u.shape, -1) if rows.numel() else rows.new_zeros(*u.shape, 0))
+
+
+def pushed(group: tuple[Block, ...], u: Tensor, v: Tensor) -> Tensor:
+    """sum_nc u[n, c] (J[n, c] . v), in float64 from J v on."""
+    with torch.no_grad():
+        products = _algebra.sum_of([block.matmul(v.unsqueeze(-1)) for block in group]).squeeze(-1)
+        return (products.double() * u.double()).sum()
+
+
+def ratio(error: Tensor, scale: Tensor) -> float:
+    found = float(over(error, scale))
+    return found if found == found else torch.inf
+
+
+def vectors(subject: Subject) -> dict[str, Tensor]:
+    """A Gaussian vector for each parameter."""
+    return {t.name: subject.draws.gaussian(t.tensor.shape, t.tensor.detach()) for t in subject.targets if t.kind == "parameter"}
+
+

@@ -1,0 +1,98 @@
+"""The levels of checking: quick, full, deep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .._errors import InputError, listed, near
+from .._problem import Problem
+from .._reference import part
+from .._rows import Origin
+from .._run import compute, wrap
+from .._state import rng_kept
+from .._typing import Tensor
+from .alone import alone
+from .call import call
+from .deep import deep
+from .gaps import Sides, vectors
+from .identities import Identities
+from .independence import independence
+from .judge import judge
+from .oracles import full
+from .report import Report
+from .subject import Subject
+from .values import values
+
+LEVELS = ("quick", "full", "deep")
+ONE = torch.ones(())
+
+
+def inspect(problem: Problem, method: str = "auto", level: str = "quick", jacobian: Any = None) -> Report:
+    """Compare a Jacobian (computed by `method` where none is given) with independent computations.
+
+    Raises
+    ------
+    InputError
+        for an unknown level.
+    MixingError
+        where f itself mixes samples: no method can be right then.
+    """
+    if level not in LEVELS:
+        known = ", ".join(LEVELS)
+        raise InputError(f"level={level!r} is unknown", got=repr(level), expected=f"one of: {known}", hint=near(str(level), LEVELS))
+    if jacobian is None:
+        computed, made = compute(problem, method)
+        jacobian = wrap(problem, computed, made, Origin())
+    subject = Subject.of(problem, jacobian, jacobian.plan.method, level)
+    with problem.running(f"checking the Jacobian ({level})"), rng_kept(problem.targets[0].tensor.device):
+        quick(subject)
+        if level != "quick" and problem.size:
+            full(subject)
+        if level == "deep" and problem.size:
+            deep(subject)
+    return subject.report
+
+
+def quick(subject: Subject) -> None:
+    """Independence, values, identities, a few samples alone: about the cost of two training steps."""
+    problem, report = subject.problem, subject.report
+    if not problem.size:
+        report.note("no samples: nothing to compare")
+        return
+    squares = subject.squares()
+    odd = _odd(subject, squares)
+    apart = problem.randomness in ("same", "different")
+    kept = [n for n in range(problem.size) if n not in odd] if odd and not apart and problem.random_state is None else None
+    u = subject.draws.gaussian((problem.size, subject.values.shape[1]), subject.values)
+    whole = kept is None or not kept or not problem.batched
+    own = call(problem if whole else part(problem, torch.tensor(kept, device=u.device)), reading=True)
+    local = u if whole else u[kept]
+    pulled = own.pull(local, [*own.tensors.values(), *(place.at for place in own.places)])
+    count = len(own.tensors)
+    independence(subject, own, local, pulled[count:])
+    if apart:
+        report.note(f'randomness="{problem.randomness}": the numbers are not those of an ordinary call, so only independence was compared')
+        return
+    everyone = own.values if whole else call(problem).values
+    values(subject, everyone)
+    sides = Sides(subject, squares, vectors(subject))
+    report.zeros += [t.name for t, g in zip(problem.targets, pulled, strict=False) if g is not None and not squares.get(t.name, ONE).any()]
+    identities = Identities(sides, own, local, None if whole else kept)
+    judge(identities, own.named(pulled[:count]))
+    alone(sides, everyone, u, odd)
+
+
+def _odd(subject: Subject, squares: dict[str, Tensor]) -> list[int]:
+    """Samples whose rows are not finite, noted; identities are compared on the others."""
+    found: set[int] = set()
+    for name, square in squares.items():
+        here = (~square.isfinite()).any(1).nonzero().flatten().tolist()
+        if here:
+            subject.report.note(f"rows of {name!r} are not finite, or too large to be squared, in sample {listed(here)}: passed on as is")
+            found.update(here)
+    bad = (~subject.values.isfinite()).any(1).nonzero().flatten().tolist()
+    if bad:
+        subject.report.note(f"values are not finite in sample {listed(bad)}: passed on as they are")
+    return sorted(found)

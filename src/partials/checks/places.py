@@ -1,0 +1,90 @@
+"""Places: tensors at which the derivative with respect to a sample can be read, and the ways in which they may hold samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from .._signature import rebuild, walk
+from .._typing import Tensor
+
+Readable = Tensor | GradientEdge
+BySample = Callable[[Tensor], Tensor]
+"""(...) -> (N, entries)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A float input, or the first floating tensor that was made from an integer input."""
+
+    name: str
+    """The input's name."""
+    at: Readable
+    dim: int | None
+    """The sample dimension; None where it must be found among the dimensions of the right size."""
+    via: str = ""
+    """The operation that made the floating tensor."""
+
+    def __str__(self) -> str:
+        return f"input {self.name!r}" + (f" (read behind {self.via})" if self.via else "")
+
+    def layouts(self, gradient: Tensor, count: int) -> Iterator[BySample]:
+        """The ways in which the gradient can belong to `count` samples."""
+        if self.dim is not None:
+            yield _along(self.dim, count)
+            return
+        for dim, length in enumerate(gradient.shape):
+            if length == count:
+                yield _along(dim, count)
+            elif length > count and length % count == 0:
+                yield lambda g, dim=dim: _along(dim, count)(g.unflatten(dim, (count, -1)))  # type: ignore[misc]
+                yield lambda g, dim=dim: _along(dim + 1, count)(g.unflatten(dim, (-1, count)))  # type: ignore[misc]
+
+
+def _along(dim: int, count: int) -> BySample:
+    return lambda gradient: gradient.movedim(dim, 0).reshape(count, gradient.numel() // count)
+
+
+class Marks(TorchFunctionMode):
+    """Follows what is made from integer inputs up to the first floating tensors, and makes those readable.
+
+    A floating tensor that does not require grad is put in the graph as a copy, so that later in-place operations are allowed.
+    """
+
+    def __init__(self, sources: dict[str, Tensor], count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.places: list[Place] = []
+        self.derived = {id(tensor): (name, tensor) for name, tensor in sources.items()}
+        # (the tensors are kept, so that their ids stay their own)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = [tensor for _, tensor in walk((args, kwargs), "")]
+        name = next((self.derived[id(tensor)][0] for tensor in given if id(tensor) in self.derived), None)
+        found = [tensor for _, tensor in walk(out, "")] if isinstance(out, Tensor | tuple | list) else []
+        if name is None or not found:
+            return out
+        via = (resolve_name(func) or getattr(func, "__name__", "an operation")).removeprefix("torch.")
+        marked = [self._mark(name, via, tensor, any(tensor is other for other in given)) for tensor in found]
+        if all(new is old for new, old in zip(marked, found, strict=True)):
+            return out
+        return rebuild(out, iter(marked)) if type(out) in (Tensor, tuple, list) else out
+
+    def _mark(self, name: str, via: str, tensor: Tensor, in_place: bool) -> Tensor:
+        if in_place or not tensor.is_floating_point() or not any(n and n % self.count == 0 for n in tensor.shape):
+            self.derived[id(tensor)] = (name, tensor)
+            return tensor
+        if not tensor.requires_grad:
+            leaf = tensor.detach().requires_grad_()
+            self.places.append(Place(name, leaf, None, via))
+            with torch.enable_grad():
+                return leaf.clone()
+        self.places.append(Place(name, get_gradient_edge(tensor), None, via))
+        return tensor

@@ -1,0 +1,199 @@
+"""A second look at what exceeds its tolerance: is it the method's fault, or the function's own rounding?
+
+NOTE on clouds. A row may differ from an ordinary backward by far more than rounding and still be right: on a kink (the sign of a
+pre-activation of 1e-9 depends on how a product was summed) or where large terms cancel. What is right then is a set: the rows that
+ordinary backwards give when inputs and parameters move in their last bits. Such a cloud is drawn for the samples in question, in f's own
+dtype, and a row is accepted if it is as near to a member of the cloud as members are to each other. This never widens a
+tolerance where the function is well behaved: its cloud is small there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .._errors import listed
+from .._problem import Problem
+from .._reference import part
+from .._signature import usable
+from .._state import drawn_from
+from .._typing import Tensor
+from .gaps import Gap, Key, pushed, weighted, weighted_each
+from .identities import Identities
+from .precision import inside
+from .subject import Subject
+from .tolerance import Tolerance, apart, name_of, size
+
+MEMBERS, SHAKE, NEAR = 16, 8, 4
+"""Members of a cloud; how far inputs and parameters move, in eps; how many times as far as members are from each other a row may be."""
+SUSPECTS = 3
+"""Samples that are looked at, the worst first."""
+ENTRIES = 2**16
+"""Entries of a parameter that are looked at, those that differ most."""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """What ordinary calls give at one sample: values (D, C), and gradients of sum_c u_c f_c by target, (D, entries)."""
+
+    values: Tensor
+    gradients: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Looking:
+    """What is looked at: weights u (C,) of the outputs, and of each target some entries, or a sum of all with weights, (entries, k)."""
+
+    u: Tensor
+    entries: Mapping[str, Tensor]
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def of(self, name: str, gradient: Tensor) -> Tensor:
+        flat = gradient.reshape(-1)
+        return flat[self.entries[name]] if name in self.entries else flat.double() @ self.sums[name].double()
+
+
+def cloud(subject: Subject, n: int, looking: Looking, tolerance: Tolerance) -> Cloud | None:
+    """The cloud of sample n; None where f or its copy does not run on other tensors."""
+    try:
+        try:
+            return _cloud(subject, *_single(subject.problem, n), looking, tolerance)
+        except Exception:  # f refuses a batch of one
+            return _cloud(subject, subject.problem, n, looking, tolerance)
+    except Exception:
+        subject.report.note(f"{subject.problem.name} does not run on other tensors, so kinks cannot be told from faults")
+        return None
+
+
+def _single(problem: Problem, n: int) -> tuple[Problem, int]:
+    """A problem that holds sample n, as few others as can be, and its place in it."""
+    if not problem.batched or problem.random_state is not None:
+        return problem, n
+    return part(problem, torch.tensor([n], device=problem.targets[0].tensor.device)), 0
+
+
+def _cloud(subject: Subject, problem: Problem, at: int, looking: Looking, tolerance: Tolerance) -> Cloud:
+    values: list[Tensor] = []
+    gradients: dict[str, list[Tensor]] = {name: [] for name in (*looking.entries, *looking.sums)}
+    targets = [t for t in problem.targets if t.name in gradients]
+
+    def shaken(tensor: Tensor) -> Tensor:
+        tensor = usable(tensor).detach()
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor + tensor * subject.draws.normal(tensor.shape, tensor) * (SHAKE * max(tolerance.eps, torch.finfo(tensor.dtype).eps))
+
+    for _ in range(MEMBERS):
+        tensors = {t.name: shaken(t.tensor).requires_grad_() for t in problem.targets}
+        with drawn_from(problem.random_state, problem.targets[0].tensor.device):
+            out = problem(tensors, [shaken(tensor) for tensor in problem.given]).reshape(problem.size, -1)[at]
+        values.append(out.detach())
+        wanted = [tensors[t.name] for t in targets if out.requires_grad]
+        found = torch.autograd.grad(out, wanted, looking.u.to(out), allow_unused=True) if wanted else [None] * len(targets)
+        for target, gradient in zip(targets, found, strict=True):
+            full = torch.zeros_like(tensors[target.name]) if gradient is None else gradient
+            own = full.select(problem.dim_of(target), at) if target.kind == "input" and problem.batched else full
+            gradients[target.name].append(looking.of(target.name, own))
+    return Cloud(torch.stack(values), {name: torch.stack(parts) for name, parts in gradients.items()})
+
+
+def belongs(x: Tensor, members: Tensor, floor: float) -> bool:
+    """Whether x (p,) could be one of the members (D, p): within `floor` of one, or no farther from them than they are from each other.
+
+    Farther from its nearest than a member is (on a kink the members are in groups, and x must be in one of them; a member
+    that stands alone does not make others welcome), or farther from their middle (numbers of few digits fall on each other).
+    """
+    to_x = size(apart(members, x), samples=True).sort().values.tolist()
+    if to_x[0] <= floor:
+        return True
+    among = torch.stack([size(apart(members, member), samples=True) for member in members]).sort(1).values  # (D, D), zeros first
+    nearest, middle = among[:, 1].sort().values.tolist(), among[:, len(members) // 2].sort().values.tolist()
+    return bool(to_x[0] <= NEAR * nearest[-3] or to_x[len(to_x) // 2] <= NEAR * middle[len(middle) // 2])
+
+
+def settle(identities: Identities, failing: dict[Key, Gap], check: str = "") -> None:
+    """Rows for identities that exceeded their tolerance: passed at f's inner precision, explained by clouds, or failed."""
+    subject = identities.sides.subject
+    tolerance = coarser(subject)
+    for key in [key for key, gap in failing.items() if gap.over(tolerance) <= 1]:
+        gap = failing.pop(key)
+        subject.row(check or key[0], key[1], gap.error, tolerance=tolerance.summing(gap.terms))
+    if not failing:
+        return
+    names = [name for _, name in failing]
+    suspects = identities.suspects(list(failing), tolerance, SUSPECTS)
+    breaks: dict[Key, dict[int, bool]] = {key: {} for key in failing}
+    for n in suspects:
+        gaps = identities.gaps(names, identities.mask([n]))
+        for key in failing:
+            if gaps[key].over(tolerance) > 1:
+                breaks[key][n] = False
+        for key in _known(identities, n, [key for key in failing if n in breaks[key]], tolerance):
+            breaks[key][n] = True
+    rest = [n for n in range(len(identities.u)) if n not in suspects]
+    still = identities.gaps(names, identities.mask(rest)) if rest and len(suspects) < SUSPECTS else {}
+    for key, gap in failing.items():
+        allowed, row = tolerance.summing(gap.terms), (check or key[0], key[1], gap.error)
+        strangers = [n for n, known in breaks[key].items() if not known]
+        if breaks[key] and not strangers and (key not in still or still[key].over(tolerance) <= 1):
+            remark = _explanation([identities.sample(n) for n in breaks[key]])
+            subject.row(*row, passed=True, remark=remark, tolerance=allowed)
+        else:
+            where = identities.locate(key, (strangers or list(breaks[key]) or suspects)[0])
+            subject.row(*row, where, passed=False, remark=_hooks(subject, key[1]), tolerance=allowed)
+
+
+def _known(identities: Identities, n: int, keys: Sequence[Key], tolerance: Tolerance) -> list[Key]:
+    """Those of the keys whose numbers at the call's sample n belong to their clouds."""
+    sides, u, sample = identities.sides, identities.u[n], identities.sample(n)
+    own = identities.call.gradients(identities.u * identities.mask([n]))
+    mine: dict[Key, Tensor] = {}
+    entries, sums = dict[str, Tensor](), dict[str, Tensor]()
+    for check, name in keys:
+        target = next(t for t in sides.subject.targets if t.name == name)
+        group = tuple(block.select(torch.tensor([sample])) for block in sides.subject.blocks[name])
+        if check == "product":
+            mine[check, name], sums[name] = pushed(group, u[None], sides.v[name]).reshape(1), sides.v[name].reshape(-1, 1)
+            continue
+        row = weighted(group, u[None]) if target.kind == "parameter" else weighted_each(group, u[None])
+        other = own[name] if target.kind == "parameter" else own[name][n]
+        worst = apart(row.reshape(-1), other.reshape(-1)).abs()
+        entries[name] = worst.topk(min(ENTRIES, len(worst))).indices
+        mine[check, name] = row.reshape(-1)[entries[name]]
+    clouds = {
+        "product": cloud(sides.subject, sample, Looking(u, {}, sums), tolerance) if sums else None,
+        "backward": cloud(sides.subject, sample, Looking(u, entries), tolerance) if entries else None,
+    }
+    known = []
+    for key, x in mine.items():
+        found = clouds[key[0]]
+        floor = tolerance.value * float((u.double().square() * sides.squares[key[1]][sample]).sum().sqrt())
+        if found is not None and belongs(x, found.gradients[key[1]], floor):
+            known.append(key)
+    return known
+
+
+def coarser(subject: Subject) -> Tolerance:
+    """The tolerance of the least precise arithmetic inside f, which a note names where it is not that of its output."""
+    dtype, why = inside(subject.problem)
+    tolerance = subject.tolerance
+    if torch.finfo(dtype).eps <= tolerance.eps:
+        return tolerance
+    exceeded = f"{tolerance.factor:g} eps of {name_of(tolerance.dtype)}"
+    subject.report.note(f"f computes in {why or name_of(dtype)} inside: what exceeded {exceeded} was judged by that")
+    return Tolerance(dtype, tolerance.factor)
+
+
+def _explanation(samples: Sequence[int]) -> str:
+    return (
+        f"rounding of f itself: at sample {listed(samples)} an ordinary backward moves as far when inputs and parameters move by"
+        f" {SHAKE} eps (a kink, or terms that cancel)"
+    )
+
+
+def _hooks(subject: Subject, name: str) -> str:
+    target = next(t for t in subject.problem.targets if t.name == name)
+    hooks = getattr(target.tensor, "_backward_hooks", None)
+    return "this tensor has hooks, which change what an ordinary backward gives" if hooks else ""

@@ -1,0 +1,85 @@
+"""How far two computations of the same number may be apart: a multiple of the dtype's precision, and the reason for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import sqrt
+
+import torch
+
+from .._typing import Tensor
+
+FACTOR = 64
+"""In units of eps, over the scale of a whole row. Healthy functions stay an order of magnitude below (docs/checks.md)."""
+WORST = {"independence": 2, "values": 6, "backward": 4, "product": 4, "alone": 6}
+"""The worst error in eps of float32 over 1000 seeds of the healthy networks in tests/unit/checks/test_healthy.py, rounded up."""
+
+
+PER_ROOT = 4
+"""A sum of K random terms, added up one after the other, is off by about eps sqrt(K / 2) of its size: allowed is eps times this sqrt(K)."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """`factor` eps of `dtype`, or what the rounding of a sum of `terms` rows needs."""
+
+    dtype: torch.dtype
+    factor: float = FACTOR
+    terms: int = 1
+
+    def summing(self, terms: int) -> Tolerance:
+        """The tolerance of a sum of so many rows."""
+        return replace(self, factor=max(self.factor, PER_ROOT * sqrt(terms)), terms=terms)
+
+    @property
+    def eps(self) -> float:
+        return torch.finfo(self.dtype).eps
+
+    @property
+    def value(self) -> float:
+        return self.factor * self.eps
+
+    def reason(self, check: str) -> str:
+        words = f"{self.factor:.3g} eps of {name_of(self.dtype)}"
+        if self.factor > FACTOR:
+            return f"{words}: {PER_ROOT} sqrt({self.terms}), since a sum of {self.terms} rows rounds by about sqrt({self.terms} / 2)"
+        worst = WORST.get(check)
+        return words if worst is None else f"{words}: in 1000 seeds of healthy networks the worst was {worst} eps"
+
+
+def coarsest(*dtypes: torch.dtype) -> torch.dtype:
+    """The least precise of some floating dtypes."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def size(t: Tensor, *, samples: bool = False) -> Tensor:
+    """The Euclidean norm in float64: of everything, or of each sample's part, (N, ...) -> (N,)."""
+    if samples:
+        return torch.linalg.vector_norm(t.reshape(len(t), t[0].numel() if len(t) else 0), dim=1, dtype=torch.float64)
+    return torch.linalg.vector_norm(t.reshape(-1), dtype=torch.float64)
+
+
+def apart(left: Tensor, right: Tensor) -> Tensor:
+    """left - right, zero where both are the same infinity or both are NaN, and infinite where only one is."""
+    wide = torch.promote_types(left.dtype, right.dtype)
+    left, right = left.to(wide), right.to(wide)
+    difference = left - right
+    if bool(difference.isfinite().all()):
+        return difference
+    alike = (left == right) | (left.isnan() & right.isnan())
+    return torch.where(alike, 0, difference).nan_to_num(torch.inf, torch.inf, -torch.inf)
+
+
+def over(error: Tensor, scale: Tensor) -> Tensor:
+    """error / scale, zero where the error is zero and infinite where only the scale is."""
+    return torch.where(error == 0, 0, error / scale)
+
+
+def typical(scale: Tensor) -> Tensor:
+    """The larger of each sample's scale and the median sample's, (N,): a row that happens to cancel is judged beside its peers."""
+    finite = scale[scale.isfinite()]
+    return scale.clamp_min(float(finite.median()) if len(finite) else 0.0)

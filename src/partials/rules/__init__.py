@@ -1,0 +1,38 @@
+"""The table of rules: how one call of an operation that takes a parameter becomes blocks. One file for each family.
+
+A rule is a function with the operation's own signature that yields parts (`_parts.py`):
+
+    @rule(torch.nn.functional.linear)
+    def linear(input, weight, bias=None):       # z[t, o] = sum_i input[t, i] weight[o, i] + bias[o]
+        yield OuterPart(weight, input)          # J = sum_t g[t, o] input[t, i]
+        yield SumPart(bias)                     # J = sum_t g[t, o]
+
+Arguments that are no wanted parameter may be yielded all the same; they are ignored. For a use that it does not know a rule
+yields `Declined` (or raises `NoRule`), and the operation is then expanded or another method runs. Operations that act entry by entry need no formula:
+they are listed in `elementwise.py`.
+"""
+
+from __future__ import annotations
+
+from . import conv, elementwise, embedding, linear, norm
+from ._parts import ConvPart, Declined, ExpandedPart, GatherPart, NoRule, OuterPart, Part, SumPart
+from ._table import ELEMENTWISE, RULES, rule
+
+__all__ = [
+    "ELEMENTWISE",
+    "RULES",
+    "ConvPart",
+    "Declined",
+    "ExpandedPart",
+    "GatherPart",
+    "NoRule",
+    "OuterPart",
+    "Part",
+    "SumPart",
+    "conv",
+    "elementwise",
+    "embedding",
+    "linear",
+    "norm",
+    "rule",
+]

@@ -1,0 +1,82 @@
+"""What a rule yields: for one parameter argument of one operation, how the cotangent of the output becomes a block.
+
+z is the operation's output and g its cotangent. A rule names tensors only; layouts, seeds and views are not its business.
+Letters: n sample, c output, t position, i input feature, o output feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .._typing import Tensor
+
+
+@dataclass(frozen=True)
+class OuterPart:
+    """J = sum_t g[t, o] (x) a[t, i], features last in both; `order` says how the parameter stores (o, i)."""
+
+    parameter: Tensor
+    a: Tensor
+    order: str = "oi"
+    transposed: bool = False
+    """z and a hold their features in the last dimension but one."""
+    groups: int = 0
+    """Dimensions of the parameter before its last two: a matrix for each index, shared by all samples."""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class SumPart:
+    """J = sum over positions of g * times, reduced to the parameter's shape as broadcasting would."""
+
+    parameter: Tensor
+    times: Callable[..., Tensor] | None = None
+    saved: tuple[Tensor, ...] = ()
+    """What `times` is called with when the block is made."""
+    channel: int = 0
+    """Where not 0: the parameter lies along this (negative) dimension of z and is 1-D."""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class GatherPart:
+    """J adds g[t] to row index[t]; a negative index adds nothing."""
+
+    parameter: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class ConvPart:
+    """J = correlation of the input's patches with g: a convolution's weight."""
+
+    parameter: Tensor
+    a: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
+class ExpandedPart:
+    """The parameter was expanded to one value for each position before the operation: J is the expanded tensor's cotangent, summed."""
+
+    parameter: Tensor
+    expanded: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Declined:
+    """The rule does not know this use of the parameter; the operation is expanded or another method runs."""
+
+    parameter: Tensor
+    reason: str
+
+
+Part = OuterPart | SumPart | GatherPart | ConvPart | ExpandedPart | Declined
+
+
+class NoRule(Exception):
+    """A rule declines: these arguments are not of the form that it knows."""
