@@ -153,7 +153,10 @@ def gradient(
     G = _solve(problem, method, check)
     if G.out not in ((), (1,)):
         raise OutputError(
-            "gradient needs one scalar per sample", got=f"output shape {G.out} for each sample", expected="()", hint="loss=..., or pt.jacobian for several outputs"
+            "gradient needs one scalar per sample",
+            got=f"output shape {G.out} for each sample",
+            expected="()",
+            hint="loss=..., or pt.jacobian for several outputs",
         )
     return G
 
@@ -181,7 +184,9 @@ def explain(f: Function, *inputs: Any, method: str = "auto", **options: Any) -> 
     return plan(_problem(f, inputs, options), method)[0]
 
 
-def compare(f: Function, *inputs: Any, methods: Any = None, repeats: int = 7, progress: Callable[[str], None] | None = None, **options: Any) -> Comparison:
+def compare(
+    f: Function, *inputs: Any, methods: Any = None, repeats: int = 7, progress: Callable[[str], None] | None = None, **options: Any
+) -> Comparison:
     """Time every method on the user's own problem, beside its worst error against the float64 loop and its peak memory.
 
     `methods` are names from the table, all by default; takes the options of `jacobian` or `gradient`.
@@ -222,7 +227,12 @@ def _gradient_problem(f: Function, inputs: tuple[Any, ...], keywords: dict[str, 
     if "target" in keywords:
         inputs = (*inputs, keywords.pop("target"))
     if len(inputs) + len(keywords) < 2:
-        raise InputError("a loss needs a target", got=f"{len(inputs)} input", expected="the target as the last positional input", hint="pt.gradient(model, x, target, loss=...)")
+        raise InputError(
+            "a loss needs a target",
+            got=f"{len(inputs)} input",
+            expected="the target as the last positional input",
+            hint="pt.gradient(model, x, target, loss=...)",
+        )
     return normalise(f, inputs, keywords, loss=per_sample_loss(loss, batched=asked.get("batched", True)), has_target=True, **asked)
 
 

@@ -14,7 +14,6 @@ import torch
 
 from ._typing import Shape, Tensor
 
-
 ROOM = 64 * 2**20
 """Bytes of rows that are formed at once where a quantity needs rows for a moment."""
 
@@ -76,7 +75,7 @@ class Block(ABC):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """sum_n w[n] J[n, c]: (N,) -> (C, *shape)."""
-        n, c = self.rows
+        c = self.rows[1]
         return (weights.to(self._flat().dtype) @ self._flat().flatten(1)).reshape(c, *self.shape)
 
     def products(self, other: Block, weights: Tensor) -> Tensor:

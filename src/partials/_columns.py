@@ -35,7 +35,10 @@ class Columns:
         """(..., P, rest) with `lead` dimensions before P -> {name: (..., *shape, rest)}."""
         if flat.ndim <= lead or flat.shape[lead] != self.width:
             raise InputError(
-                "the vector does not fit the parameters", got=f"shape {tuple(flat.shape)}", expected=f"{self.width} entries along dimension {lead}", hint="a dict by name"
+                "the vector does not fit the parameters",
+                got=f"shape {tuple(flat.shape)}",
+                expected=f"{self.width} entries along dimension {lead}",
+                hint="a dict by name",
             )
         parts = flat.split([size_of(shape) for shape in self.shapes.values()], lead)
         return {
@@ -57,13 +60,21 @@ class Columns:
             given = {self.name(name): tensor for name, tensor in v.items()}
             missing = [name for name in self.shapes if name not in given]
             if missing:
-                raise InputError("the vector lacks parameters", got=listed(given), expected=listed(self.shapes), hint=f"add {listed(missing)}")
+                raise InputError(
+                    "the vector lacks parameters", got=listed(given), expected=listed(self.shapes), hint=f"add {listed(missing)}"
+                )
             for name, shape in self.shapes.items():
                 if tuple(given[name].shape) != shape:
-                    raise InputError(f"the vector's part {name!r} has another shape", got=str(tuple(given[name].shape)), expected=str(shape))
+                    raise InputError(
+                        f"the vector's part {name!r} has another shape", got=str(tuple(given[name].shape)), expected=str(shape)
+                    )
             return {name: given[name].unsqueeze(-1) for name in self.shapes}, False
         if v.ndim not in (1, 2):
-            raise InputError("the vector has another shape", got=f"shape {tuple(v.shape)}", expected=f"({self.width},) or ({self.width}, k), or a dict by name")
+            raise InputError(
+                "the vector has another shape",
+                got=f"shape {tuple(v.shape)}",
+                expected=f"({self.width},) or ({self.width}, k), or a dict by name",
+            )
         return self.split(v if v.ndim == 2 else v.unsqueeze(-1), 0), v.ndim == 2
 
 

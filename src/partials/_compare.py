@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._reference import Reference, dense_rows, part, reference
 from ._run import NAMES
+from ._state import drawn_from, random_state, rng_kept
 from .checks import inspect
 from .methods import METHODS
 from .methods._base import entries, result_bytes
@@ -29,6 +32,8 @@ TOO_LONG = 20.0
 """Estimated seconds of one run from which a method is left out, unless it was named."""
 
 Progress = Callable[[str], None]
+Drawing = Callable[[], AbstractContextManager[None]]
+"""A context in which f draws the same random numbers each time; it does nothing where f draws none."""
 
 
 @dataclass(frozen=True)
@@ -233,15 +238,15 @@ def compare_methods(problem: Problem, methods: Any = None, *, repeats: int = 7, 
         raise InputError("repeats is not a number of runs", got=repr(repeats), expected="a whole number from 1 on")
     facts = look(problem)
     demand_policy(problem, facts)
-    state = torch.get_rng_state()
-    try:
+    device = problem.targets[0].tensor.device
+    drawing = partial(drawn_from, random_state(device), device) if facts.random else nullcontext
+    with rng_kept(device):
         say("checking that samples stay apart")
         _demand_independence(problem)
         say("computing the reference")
-        trusted = reference(problem, facts)
-        rows = [_row(problem, facts, name, trusted, repeats, methods is not None, say, state) for name in names]
-    finally:
-        torch.set_rng_state(state)
+        with drawing():
+            trusted = reference(problem, facts)
+        rows = [_row(problem, facts, name, trusted, repeats, methods is not None, say, drawing) for name in names]
     return Comparison(
         function=problem.name,
         samples=problem.size,
@@ -250,7 +255,7 @@ def compare_methods(problem: Problem, methods: Any = None, *, repeats: int = 7, 
         dtype=str(problem.dtype).removeprefix("torch."),
         rows=tuple(rows),
         reference="none, since every method draws its own random numbers" if trusted is None else trusted.words,
-        machine=_machine.describe(problem.targets[0].tensor.device),
+        machine=_machine.describe(device),
     )
 
 
@@ -273,7 +278,7 @@ def _names(methods: Any) -> list[str]:
 
 
 def _row(
-    problem: Problem, facts: Facts, name: str, trusted: Reference | None, repeats: int, named: bool, say: Progress, state: torch.Tensor
+    problem: Problem, facts: Facts, name: str, trusted: Reference | None, repeats: int, named: bool, say: Progress, drawing: Drawing
 ) -> Row:
     if reason := _refusal(problem, facts, name):
         say(f"{name}: refused")
@@ -281,8 +286,8 @@ def _row(
     device = problem.targets[0].tensor.device
 
     def run() -> dict[str, torch.Tensor]:
-        torch.set_rng_state(state)
-        return dense_rows(problem, name)
+        with drawing():
+            return dense_rows(problem, name)
 
     try:
         say(f"{name}: warming up")

@@ -47,13 +47,10 @@ def unwrapped(t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     while transform_of(t) == "vmap":
         bdims.append(_private.maybe_get_bdim(t))
         t = _private.get_unwrapped(t)
-    order = list(range(t.ndim))
-    # (each inner level's bdim counts dimensions of the tensor one level down, so levels are undone from the inside out)
-    position = list(range(t.ndim))
-    front: list[int] = []
-    for bdim in reversed(bdims):
-        front.append(position.pop(bdim))
-    return t, tuple([*front, *(d for d in order if d not in front)])
+    # (a level's bdim counts dimensions of the tensor one level down, so levels are undone from the outermost)
+    rest = list(range(t.ndim))
+    front = [rest.pop(bdim) for bdim in reversed(bdims)]
+    return t, (*front, *rest)
 
 
 def mapped_size(t: Tensor) -> int:

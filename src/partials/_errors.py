@@ -1,14 +1,14 @@
 """Every error of the library: a sentence, then what was got, what was expected, and what to try.
 
-    PartialsError
-    ├── InputError          (ValueError)    the call: arguments, parameters, names, sizes
-    ├── OutputError         (ValueError)    what the function returned
-    ├── MixingError         (RuntimeError)  a sample's output depends on other samples
-    ├── RandomnessError     (RuntimeError)  random numbers without a stated policy
-    ├── MethodError         (RuntimeError)  a method cannot do what was asked
-    ├── MemoryBudgetError   (RuntimeError)  the answer does not fit in the given bytes
-    ├── CheckError          (RuntimeError)  a result failed its check; carries the report
-    └── StoreError          (RuntimeError)  a store on disk is not what it should be
+PartialsError
+├── InputError          (ValueError)    the call: arguments, parameters, names, sizes
+├── OutputError         (ValueError)    what the function returned
+├── MixingError         (RuntimeError)  a sample's output depends on other samples
+├── RandomnessError     (RuntimeError)  random numbers without a stated policy
+├── MethodError         (RuntimeError)  a method cannot do what was asked
+├── MemoryBudgetError   (RuntimeError)  the answer does not fit in the given bytes
+├── CheckError          (RuntimeError)  a result failed its check; carries the report
+└── StoreError          (RuntimeError)  a store on disk is not what it should be
 """
 
 from __future__ import annotations

@@ -22,7 +22,10 @@ class InputJacobian(AbstractJacobian):
         """J v for a vector of each sample: (N, P), (N, *in) of a single input, or {name: (N, *in)} -> (N, *out)."""
         flat = self._vectors(v)
         with self._reading():
-            rows = [(_algebra.rows(group).reshape(*self._flat, size_of(group[0].shape)) @ flat[name].unsqueeze(-1)).squeeze(-1) for name, group in self.blocks.items()]
+            rows = [
+                (_algebra.rows(group).reshape(*self._flat, size_of(group[0].shape)) @ flat[name].unsqueeze(-1)).squeeze(-1)
+                for name, group in self.blocks.items()
+            ]
             return self._fold(_algebra.sum_of(rows))
 
     @property
@@ -34,11 +37,15 @@ class InputJacobian(AbstractJacobian):
 
     def _rmatmul(self, u: Tensor) -> Tensor:
         if tuple(u.shape) != self._lead:
-            raise InputError("u has another shape than the Jacobian asks for", got=f"shape {tuple(u.shape)}", expected=f"shape {self._lead}")
+            raise InputError(
+                "u has another shape than the Jacobian asks for", got=f"shape {tuple(u.shape)}", expected=f"shape {self._lead}"
+            )
         with self._reading():
             weights = u.reshape(len(self), 1, size_of(self.out))
             parts = {
-                name: (weights @ _algebra.rows(group).reshape(*self._flat, size_of(group[0].shape))).reshape(len(self), *self.columns.shapes[name])
+                name: (weights @ _algebra.rows(group).reshape(*self._flat, size_of(group[0].shape))).reshape(
+                    len(self), *self.columns.shapes[name]
+                )
                 for name, group in self.blocks.items()
             }
             found = self.columns.join(parts, 1)

@@ -116,7 +116,10 @@ class Jacobian(AbstractJacobian):
         width = self.columns.width
         if width * width * 8 > 4 * 2**30:
             raise MemoryBudgetError(
-                "J^T H J is too large to be formed", got=f"P = {width}: {human_bytes(8.0 * width * width)}", expected="at most 4 GiB", hint="J.ggn(H) @ v, or J.diagonal(H)"
+                "J^T H J is too large to be formed",
+                got=f"P = {width}: {human_bytes(8.0 * width * width)}",
+                expected="at most 4 GiB",
+                hint="J.ggn(H) @ v, or J.diagonal(H)",
             )
         rows = self.dense().reshape(*self._flat, width)
         left = rows if H is None else self._matrices(H).mT @ rows
@@ -148,9 +151,18 @@ class Jacobian(AbstractJacobian):
             for outputs that are not scalar, an unknown `per`, a max_norm that is not positive, or rows that are not finite.
         """
         if size_of(self.out) != 1:
-            raise InputError("clipped_sum needs one scalar per sample", got=f"output shape {self.out}", expected="()", hint="pt.gradient(f, x, target, loss=...)")
+            raise InputError(
+                "clipped_sum needs one scalar per sample",
+                got=f"output shape {self.out}",
+                expected="()",
+                hint="pt.gradient(f, x, target, loss=...)",
+            )
         if per not in ("all", "parameter") or not max_norm > 0:
-            raise InputError("clipped_sum is not understood", got=f"max_norm={max_norm!r}, per={per!r}", expected='a positive max_norm, per="all" or "parameter"')
+            raise InputError(
+                "clipped_sum is not understood",
+                got=f"max_norm={max_norm!r}, per={per!r}",
+                expected='a positive max_norm, per="all" or "parameter"',
+            )
         with self._reading():
             squares = {name: _algebra.squared_norms(group) for name, group in self.blocks.items()}
             if per == "all":
@@ -159,7 +171,12 @@ class Jacobian(AbstractJacobian):
             for name, square in squares.items():
                 bad = (~square.isfinite()).flatten().nonzero().flatten().tolist()
                 if bad:
-                    raise InputError("clipped_sum met rows that are not finite", got=f"samples {listed(bad)} of {name!r}", expected="finite gradients", hint="drop these samples: J[mask]")
+                    raise InputError(
+                        "clipped_sum met rows that are not finite",
+                        got=f"samples {listed(bad)} of {name!r}",
+                        expected="finite gradients",
+                        hint="drop these samples: J[mask]",
+                    )
             # (a scalar factor for each sample folds into the cotangent: one product per parameter)
             norms = {name: square.clamp_min(0).sqrt() for name, square in squares.items()}
             parts = {
@@ -180,7 +197,9 @@ class Jacobian(AbstractJacobian):
     def accumulate_grad(self, weights: Tensor | None = None) -> None:
         """Add sum_n w[n] J[n] of scalar outputs into `p.grad` of every parameter, as a backward of the weighted sum would."""
         if size_of(self.out) != 1:
-            raise InputError("accumulate_grad needs one scalar per sample", got=f"output shape {self.out}", expected="()", hint="J.T @ u, unflattened")
+            raise InputError(
+                "accumulate_grad needs one scalar per sample", got=f"output shape {self.out}", expected="()", hint="J.T @ u, unflattened"
+            )
         not_leaves = [name for name, tensor in self.leaves.items() if not tensor.is_leaf or not tensor.requires_grad]
         if not_leaves:
             raise InputError("some parameters have no .grad to add to", got=listed(not_leaves), expected="leaf tensors that require grad")
@@ -199,7 +218,9 @@ class Jacobian(AbstractJacobian):
 
     def _expect(self, what: str, got: Sequence[int], expected: Shape) -> None:
         if tuple(got) != tuple(expected):
-            raise InputError(f"{what} has another shape than the Jacobian asks for", got=f"shape {tuple(got)}", expected=f"shape {tuple(expected)}")
+            raise InputError(
+                f"{what} has another shape than the Jacobian asks for", got=f"shape {tuple(got)}", expected=f"shape {tuple(expected)}"
+            )
 
 
 def concat(jacobians: Sequence[Jacobian], weights: Sequence[float] | None = None) -> Jacobian:
@@ -225,7 +246,8 @@ def concat(jacobians: Sequence[Jacobian], weights: Sequence[float] | None = None
     stacked = {}
     for name in parts[0].names:
         groups = [
-            tuple(block if w == 1 else block.scaled(J.values.new_full(J._flat, w)) for block in J.blocks[name]) for J, w in zip(parts, factors, strict=True)
+            tuple(block if w == 1 else block.scaled(J.values.new_full(J._flat, w)) for block in J.blocks[name])
+            for J, w in zip(parts, factors, strict=True)
         ]
         stacked[name] = (Stack(tuple(groups)),)
     values = torch.cat([J.values * w if w != 1 else J.values for J, w in zip(parts, factors, strict=True)])

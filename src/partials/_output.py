@@ -44,7 +44,9 @@ class Picker:
             return returned[self.choice]
         except (AttributeError, KeyError, IndexError, TypeError):
             raise OutputError(
-                f"output={self.choice!r} is not in what {self.function} returned", got=_described(returned), expected="a key, index or attribute of it"
+                f"output={self.choice!r} is not in what {self.function} returned",
+                got=_described(returned),
+                expected="a key, index or attribute of it",
             ) from None
 
 
@@ -52,10 +54,18 @@ def check_output(out: Tensor, size: int, function: str, *, batched: bool) -> Ten
     """`out` if it is a real floating tensor with `size` samples along dimension 0; else the sentence that says what it is."""
     if out.is_complex():
         raise OutputError(
-            f"{function} returned complex numbers, which are not supported yet", got=str(out.dtype), expected="a real tensor", hint="torch.view_as_real in f"
+            f"{function} returned complex numbers, which are not supported yet",
+            got=str(out.dtype),
+            expected="a real tensor",
+            hint="torch.view_as_real in f",
         )
     if not out.is_floating_point():
-        raise OutputError(f"{function} returned an integer tensor", got=str(out.dtype), expected="a floating-point tensor", hint="return the scores, not the classes")
+        raise OutputError(
+            f"{function} returned an integer tensor",
+            got=str(out.dtype),
+            expected="a floating-point tensor",
+            hint="return the scores, not the classes",
+        )
     if not batched:
         return out
     if out.ndim == 0:
@@ -70,7 +80,8 @@ def check_output(out: Tensor, size: int, function: str, *, batched: bool) -> Ten
             f"the output of {function} has no sample dimension",
             got=f"shape {tuple(out.shape)} for {size} samples",
             expected=f"dimension 0 of size {size}",
-            hint="return samples first; in_dims for inputs that hold them elsewhere or not at all; torch.vmap(f) for a one-sample f; batched=False for one sample",
+            hint="return samples first; in_dims for inputs that hold them elsewhere or not at all; "
+            "torch.vmap(f) for a one-sample f; batched=False for one sample",
         )
     return out
 
@@ -143,7 +154,12 @@ def _only(returned: Any, function: str) -> Any:
 def _tensor(value: Any, function: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    raise OutputError(f"{function} returned no tensor", got=type(value).__name__, expected="a floating-point tensor, samples first", hint="output= to pick it")
+    raise OutputError(
+        f"{function} returned no tensor",
+        got=type(value).__name__,
+        expected="a floating-point tensor, samples first",
+        hint="output= to pick it",
+    )
 
 
 def _fields(returned: Any) -> Any:

@@ -150,13 +150,17 @@ def choose(verdicts: Sequence[Verdict], wanted: str, budget: int | None) -> Verd
         if verdict.cost is None:
             others = [v.method for v in verdicts if v.accepted]
             raise MethodError(
-                f"method={wanted!r} cannot run here: {verdict.reason}", got=f"method={wanted!r}", hint=f"method={others[0]!r}" if others else "pt.explain(f, ...)"
+                f"method={wanted!r} cannot run here: {verdict.reason}",
+                got=f"method={wanted!r}",
+                hint=f"method={others[0]!r}" if others else "pt.explain(f, ...)",
             )
         candidates = [verdict]
     else:
         candidates = [v for v in verdicts if v.accepted]
         if not candidates:
-            raise MethodError("no method can compute this", got="; ".join(f"{v.method}: {v.reason}" for v in verdicts), hint="pt.explain(f, ...)")
+            raise MethodError(
+                "no method can compute this", got="; ".join(f"{v.method}: {v.reason}" for v in verdicts), hint="pt.explain(f, ...)"
+            )
     fitting = [v for v in candidates if budget is None or (v.cost is not None and v.cost.bytes <= budget)]
     if not fitting:
         least = min(candidates, key=lambda v: v.cost.bytes if v.cost else 0)
@@ -173,7 +177,12 @@ def choose(verdicts: Sequence[Verdict], wanted: str, budget: int | None) -> Verd
 def known(method: str, names: Sequence[str]) -> str:
     """`method` if it is in the table, else an error with the table's names."""
     if method != "auto" and method not in names:
-        raise InputError(f"method={method!r} is unknown", got=repr(method), expected=f"one of: auto, {', '.join(names)}", hint=near(str(method), ["auto", *names]))
+        raise InputError(
+            f"method={method!r} is unknown",
+            got=repr(method),
+            expected=f"one of: auto, {', '.join(names)}",
+            hint=near(str(method), ["auto", *names]),
+        )
     return method
 
 
@@ -186,11 +195,18 @@ def parse_bytes(amount: Number | str | None) -> int | None:
     else:
         text = str(amount).strip().lower().replace(" ", "")
         digits = text.rstrip("bikmgt")
-        units = {"": 1, "b": 1, **{f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}, **{f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}}
+        units = {
+            "": 1,
+            "b": 1,
+            **{f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")},
+            **{f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")},
+        }
         try:
             value = float(digits) * units[text[len(digits) :]]
         except (KeyError, ValueError):
-            raise InputError(f"max_memory={amount!r} is not an amount of memory", got=repr(amount), expected='bytes, or text such as "2GiB"') from None
+            raise InputError(
+                f"max_memory={amount!r} is not an amount of memory", got=repr(amount), expected='bytes, or text such as "2GiB"'
+            ) from None
     if not value > 0:
         raise InputError(f"max_memory={amount!r} is not an amount of memory", got=repr(amount), expected="more than zero bytes")
     return int(value)

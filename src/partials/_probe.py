@@ -69,7 +69,15 @@ def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] 
         counter.random["an operation that torch's function modes do not see"] = None
     check_output(out, size, problem.name, batched=problem.batched)
     return Facts(
-        tuple(out.shape[1:]), out.dtype, counter.operations, counter.flops, counter.saved or counter.written, max(size, 1), tuple(counter.random), None, tuple(counter.unsafe)
+        tuple(out.shape[1:]),
+        out.dtype,
+        counter.operations,
+        counter.flops,
+        counter.saved or counter.written,
+        max(size, 1),
+        tuple(counter.random),
+        None,
+        tuple(counter.unsafe),
     )
 
 

@@ -172,7 +172,9 @@ def normalise(
 ) -> Problem:
     """A call, checked and turned into a `Problem`."""
     if not callable(f):
-        raise InputError("the function is not callable", got=type(f).__name__, expected="an nn.Module or a callable", hint="pt.jacobian(f, x)")
+        raise InputError(
+            "the function is not callable", got=type(f).__name__, expected="an nn.Module or a callable", hint="pt.jacobian(f, x)"
+        )
     if randomness not in RANDOMNESS:
         raise InputError(f"randomness={randomness!r} is unknown", got=repr(randomness), expected=f"one of: {listed(RANDOMNESS)}")
     args, kwargs = tuple(args), dict(kwargs)
@@ -184,7 +186,7 @@ def normalise(
     differentiable = [(name, tensor) for name, tensor in arguments if not (has_target and _under(name, "target"))]
     targets, aliases = choose(f, differentiable, params, wrt, explicit if batched else {name: None for name, _ in arguments})
     if not batched:
-        targets = [Target(t.name, t.tensor, _kind_unbatched(t, arguments, params, f), t.leaf) for t in targets]
+        targets = [Target(t.name, t.tensor, _kind_unbatched(t, params, f), t.leaf) for t in targets]
     shared = {t.leaf for t in targets if t.kind == "parameter"} | shared_by_convention(arguments, targets)
     shared |= {name for name, tensor in arguments if any(tensor is t.tensor for t in targets if t.leaf is None)}
     leaves = tuple(Leaf(n, n.partition(".")[0], t, _dim(n, t, explicit, shared) if batched else None) for n, t in arguments)
@@ -222,7 +224,7 @@ def _dim(name: str, tensor: Tensor, explicit: dict[str, int | None] | int | None
     return checked_dim(default, tensor, name)
 
 
-def _kind_unbatched(target: Target, arguments: list[tuple[str, Tensor]], params: Any, f: Function) -> Any:
+def _kind_unbatched(target: Target, params: Any, f: Function) -> Any:
     """For one sample an argument of a function is a parameter like any other; a module's or closure's input stays an input."""
     return target.kind if params is not None or isinstance(f, nn.Module) else "parameter"
 

@@ -12,7 +12,6 @@ import torch
 from ._blocks import Block, Dense, size_of
 from ._typing import Shape, Tensor
 
-
 APART = Dense(torch.zeros(0, 0))
 """Stands for "no entry in common"."""
 
@@ -67,7 +66,13 @@ class Placed(Block):
 
     def own_gram(self, other: Block) -> Tensor:
         its = self._beside(other)
-        return super().own_gram(other) if its is None else self.view.own_gram(its) if its is not APART else self._zeros(*self.rows, other.rows[1])
+        return (
+            super().own_gram(other)
+            if its is None
+            else self.view.own_gram(its)
+            if its is not APART
+            else self._zeros(*self.rows, other.rows[1])
+        )
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         found = self.view.weighted_sum(weights)

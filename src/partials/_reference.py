@@ -92,7 +92,7 @@ def _rows(problem: Problem, facts: Facts, oracle: str, words: str) -> Reference:
     problem = replace(problem, budget=None, create_graph=False)
     samples = None if facts.random or oracle != "loop" else _affordable(problem, facts)
     rows = dense_rows(problem if samples is None else part(problem, samples), oracle)
-    flat = {name: found.reshape(*found.shape[:2], -1) for name, found in rows.items()}
+    flat = {name: found.reshape(*found.shape[:2], found.shape[2:].numel()) for name, found in rows.items()}
     count = f"all {problem.size} samples" if samples is None else f"{len(samples)} of {problem.size} samples"
     return Reference(f"{words} on {count}" if problem.batched else words, flat, samples)
 

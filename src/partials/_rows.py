@@ -98,7 +98,9 @@ class AbstractJacobian(ABC):
         """
         with self._reading():
             if self.attached:
-                return self._fold(torch.cat([_algebra.rows(group).reshape(*self._flat, size_of(group[0].shape)) for group in self.blocks.values()], -1))
+                return self._fold(
+                    torch.cat([_algebra.rows(group).reshape(*self._flat, size_of(group[0].shape)) for group in self.blocks.values()], -1)
+                )
             if out is None:
                 out = torch.empty(self.shape, dtype=self._dtype_of_rows(), device=self.device)
             elif tuple(out.shape) != self.shape or out.dtype != self._dtype_of_rows() or out.device != self.device:
@@ -131,7 +133,9 @@ class AbstractJacobian(ABC):
     def check(self, level: str = "quick") -> Report:
         """Compare this Jacobian with one ordinary backward, and samples of it with a batch of one. See `partials.check`."""
         if self.origin.check is None:
-            raise MethodError("a Jacobian of chosen or joined samples has no function to be checked against", hint="check the Jacobians it came from")
+            raise MethodError(
+                "a Jacobian of chosen or joined samples has no function to be checked against", hint="check the Jacobians it came from"
+            )
         return self.origin.check(self, level)
 
     def __repr__(self) -> str:
@@ -173,7 +177,11 @@ class AbstractJacobian(ABC):
         try:
             index = torch.arange(n)[key.cpu() if isinstance(key, Tensor) else key].reshape(-1)
         except (IndexError, TypeError) as error:
-            raise InputError("the index does not choose samples", got=f"{key!r}", expected=f"an int, slice, list, mask or int64 tensor within {n} samples") from error
+            raise InputError(
+                "the index does not choose samples",
+                got=f"{key!r}",
+                expected=f"an int, slice, list, mask or int64 tensor within {n} samples",
+            ) from error
         with self._reading():
             chosen = _algebra.select(self.blocks, index)
             values = self.values.index_select(0, index.to(self.device))

@@ -50,15 +50,22 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
             return computed, _captured(problem, computed)
         refused["capture"] = "; ".join(reasons)
         if method == "capture":
-            raise MethodError("method='capture' cannot run here", got=refused["capture"], hint="method='auto', which takes the next method that can")
+            raise MethodError(
+                "method='capture' cannot run here", got=refused["capture"], hint="method='auto', which takes the next method that can"
+            )
     facts = look(problem)
     demand_policy(problem, facts)
     if not problem.size:
         with problem.running("asking what an output looks like"):
-            return _empty(problem, facts), _plan(problem, facts, _textbook(problem, facts), choose(_textbook(problem, facts), "auto", None))
+            return _empty(problem), _plan(problem, facts, _textbook(problem, facts), choose(_textbook(problem, facts), "auto", None))
     while True:
         verdicts = tuple(Verdict(v.method, refused[v.method]) if v.method in refused else v for v in _textbook(problem, facts))
-        made = _plan(problem, facts, (Verdict("capture", refused.get("capture", "not asked for")), *verdicts), choose(verdicts, method, problem.budget))
+        made = _plan(
+            problem,
+            facts,
+            (Verdict("capture", refused.get("capture", "not asked for")), *verdicts),
+            choose(verdicts, method, problem.budget),
+        )
         with problem.running(f"computing the Jacobian (method {made.method!r})"):
             try:
                 aux = _whole(problem)
@@ -101,7 +108,9 @@ def wrap(problem: Problem, computed: Computed, made: Plan, origin: Origin) -> Ja
     origin = replace(origin, sources=computed.sources)
 
     def columns(kind: str) -> Columns:
-        return Columns({t.name: problem.shape_of(t) for t in problem.targets if t.kind == kind}, dict(problem.aliases) if kind == "parameter" else {})
+        return Columns(
+            {t.name: problem.shape_of(t) for t in problem.targets if t.kind == kind}, dict(problem.aliases) if kind == "parameter" else {}
+        )
 
     inputs = None
     if problem.inputs:
@@ -129,7 +138,7 @@ def _plan(problem: Problem, facts: Facts, verdicts: tuple[Verdict, ...], chosen:
     )
 
 
-def _empty(problem: Problem, facts: Facts) -> Computed:
+def _empty(problem: Problem) -> Computed:
     """No samples: f still says what an output looks like."""
     values = problem.values()
     values = values if problem.create_graph else values.detach()

@@ -108,13 +108,22 @@ def explicit_dims(in_dims: Any, names: list[str], args: tuple[Any, ...], kwargs:
     if in_dims is None or (isinstance(in_dims, int) and not isinstance(in_dims, bool)):
         return in_dims
     if isinstance(in_dims, Mapping):
-        known = {name for arg, value in (*zip(names, args, strict=True), *kwargs.items()) for name in (arg, *(n for n, _ in walk(value, arg)))}
+        known = {
+            name for arg, value in (*zip(names, args, strict=True), *kwargs.items()) for name in (arg, *(n for n, _ in walk(value, arg)))
+        }
         for name in in_dims:
             if name not in known:
-                raise InputError(f"in_dims names {name!r}, which is no argument of the call", got=name, expected=listed(known), hint=near(name, known))
+                raise InputError(
+                    f"in_dims names {name!r}, which is no argument of the call", got=name, expected=listed(known), hint=near(name, known)
+                )
         return dict(in_dims)
     if not isinstance(in_dims, tuple | list):
-        raise InputError("in_dims is not understood", got=type(in_dims).__name__, expected="an int, None, a tuple or a dict by name", hint="in_dims={'x': 0}")
+        raise InputError(
+            "in_dims is not understood",
+            got=type(in_dims).__name__,
+            expected="an int, None, a tuple or a dict by name",
+            hint="in_dims={'x': 0}",
+        )
     if len(in_dims) != len(args):
         raise InputError(
             "in_dims must have one entry for each positional input",
@@ -138,7 +147,9 @@ def _prefix(dims: Any, value: Any, name: str, found: dict[str, int | None]) -> N
         for i, (inner, part) in enumerate(zip(dims, value, strict=True)):
             _prefix(inner, part, f"{name}.{i}", found)
     else:
-        raise InputError(f"in_dims does not match the structure of input {name!r}", got=repr(dims), expected="an int, None, or the input's own structure")
+        raise InputError(
+            f"in_dims does not match the structure of input {name!r}", got=repr(dims), expected="an int, None, or the input's own structure"
+        )
 
 
 def lookup(dims: dict[str, int | None], name: str) -> tuple[bool, int | None]:

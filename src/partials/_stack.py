@@ -65,7 +65,10 @@ class Stack(Block):
 
     def gram(self, other: Block) -> Tensor:
         return torch.cat(
-            [torch.cat([_algebra.sum_of([a.gram(b) for a in segment for b in its]) for its in segments_of(other)], 2) for segment in self.segments]
+            [
+                torch.cat([_algebra.sum_of([a.gram(b) for a in segment for b in its]) for its in segments_of(other)], 2)
+                for segment in self.segments
+            ]
         )
 
     def weighted_sum(self, weights: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from ._errors import MethodError
 from ._signature import first_tensor, rebuild, walk
 from ._typing import Function, Tensor
 
-
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """(a tensor that the function owns or reaches, the tensor to use instead of it)."""
 

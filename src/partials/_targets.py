@@ -54,7 +54,11 @@ def choose(
         by_name = dict(arguments)
         clash = [n for n in by_name if n in outside and any(fnmatch.fnmatchcase(n, p) for p in patterns)]
         if clash:
-            raise InputError(f"wrt is ambiguous: {listed(clash)} names both a parameter and an input", expected="different names", hint="rename the input")
+            raise InputError(
+                f"wrt is ambiguous: {listed(clash)} names both a parameter and an input",
+                expected="different names",
+                hint="rename the input",
+            )
         chosen = _match(patterns, [*outside, *aliases, *by_name])
         targets = [Target(n, t, "input", n) for n, t in arguments if n in chosen]
         chosen = {aliases.get(n, n) for n in chosen}
@@ -126,9 +130,14 @@ def _of_arguments(f: Function, arguments: Arguments, wrt: Any, dims: dict[str, i
                 f"{name_of(f)} has no parameter to differentiate",
                 got=f"no tensor argument with requires_grad=True among {listed(n for n, _ in arguments)}",
                 expected="arguments that require grad, or names",
-                hint=f"wrt={tuple(differentiable[1:] or differentiable)!r} to name them, or params=module for tensors that the function uses from outside",
+                hint=f"wrt={tuple(differentiable[1:] or differentiable)!r} to name them, "
+                "or params=module for tensors that the function uses from outside",
             )
-        if len(chosen) == len(differentiable) and len(chosen) == len(arguments) and not any(lookup(explicit, n)[1] is not None for n in chosen):
+        if (
+            len(chosen) == len(differentiable)
+            and len(chosen) == len(arguments)
+            and not any(lookup(explicit, n)[1] is not None for n in chosen)
+        ):
             raise InputError(
                 f"all tensor arguments of {name_of(f)} require grad, so which are parameters is not known",
                 got=listed(chosen),
@@ -176,7 +185,12 @@ def _patterns(wrt: Any) -> list[str] | None:
     names = [wrt] if isinstance(wrt, str) else list(wrt) if isinstance(wrt, Iterable) else [wrt]
     for name in names:
         if not isinstance(name, str):
-            raise InputError("wrt takes names", got=type(name).__name__, expected="a name, a glob, or several", hint="wrt='fc*.weight'; tensors go into params=")
+            raise InputError(
+                "wrt takes names",
+                got=type(name).__name__,
+                expected="a name, a glob, or several",
+                hint="wrt='fc*.weight'; tensors go into params=",
+            )
     if not names:
         raise InputError("wrt is empty", got="no name", expected="at least one name or glob")
     return names
@@ -214,5 +228,7 @@ def _checked(targets: list[Target]) -> list[Target]:
 def arguments_of(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
     pairs = (*zip(names, args, strict=True), *kwargs.items())
     if not any(first_tensor(value) is not None for _, value in pairs):
-        raise InputError("no input was given", got="no tensor among the arguments", expected="at least one tensor", hint="pt.jacobian(f, x)")
+        raise InputError(
+            "no input was given", got="no tensor among the arguments", expected="at least one tensor", hint="pt.jacobian(f, x)"
+        )
     return [(name, tensor) for argument, value in pairs for name, tensor in walk(value, argument)]

@@ -110,6 +110,11 @@ def test_a_loss(device):
     assert found.outputs == ()
 
 
+def test_no_samples():
+    found = pt.compare(nn.Linear(3, 2), torch.randn(0, 3), repeats=1)
+    assert {(row.status, row.error) for row in found.rows} == {("ok", 0.0)}
+
+
 # --- methods that do not run ----------------------------------------------------------------------------------------------
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from .._blocks import Block, Dense
 from .._conv import Conv
 from .._factors import Outer
@@ -62,13 +60,13 @@ def _sum(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
     if part.channel:
         _keep(layout, (rank + part.channel,), rank, use)  # (rank: no dimension is the last one)
         return Dense(_scaled(rows.sum([d for d in range(2, rows.ndim) if d != rows.ndim + part.channel]), part.scale))
-    return Dense(_scaled(_reduced(rows, shape, layout, rank, n, use), part.scale))
+    return Dense(_scaled(_reduced(rows, shape, layout, rank, use), part.scale))
 
 
 def _expanded(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
     if use.known_layout:
         return Dense(g.movedim(1, 0))
-    return Dense(_reduced(layout.samples_first(g, n, 1), tuple(use.part.parameter.shape), layout, g.ndim - 1, n, use))
+    return Dense(_reduced(layout.samples_first(g, n, 1), tuple(use.part.parameter.shape), layout, g.ndim - 1, use))
 
 
 def _gather(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
@@ -94,12 +92,12 @@ def _conv(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
     return Conv(a.to(g.dtype), g, tuple(part.parameter.shape), part.stride, part.padding, part.dilation, part.groups)
 
 
-def _reduced(rows: Tensor, shape: tuple[int, ...], layout: Layout, rank: int, n: int, use: Use) -> Tensor:
+def _reduced(rows: Tensor, shape: tuple[int, ...], layout: Layout, rank: int, use: Use) -> Tensor:
     """(N, C, *positions) -> (N, C, *shape), summed over what broadcasting repeated; the sample dimension must have been repeated."""
     wide = (1,) * (rank - len(shape)) + shape
     if layout.dim >= 0 and wide[layout.dim] != 1:
         raise Refused(f"{use.operation}: the parameter has a value for each sample of its own")
-    repeated = [2 + d for d in range(rank) if wide[d] == 1]
+    repeated = [2 + d for d in range(rank) if wide[d] == 1 and rows.shape[2 + d] != 1]
     rows = rows.sum(repeated, keepdim=True) if repeated else rows
     return rows.reshape(*rows.shape[:2], *shape)
 

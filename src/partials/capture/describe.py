@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import torch
+from math import prod
 
 from .._plan import Use as Line
 from .._typing import Tensor
@@ -30,4 +29,4 @@ def described(trace: Trace, wanted: Mapping[str, Tensor], layouts: list[Layout] 
 
 def held(use: Use) -> int:
     """Bytes of the data that the use keeps and of one cotangent."""
-    return sum(t.nbytes for t, _ in use.saved) + int(torch.Size(use.shape).numel()) * use.part.parameter.element_size()
+    return sum(t.nbytes for t, _ in use.saved) + prod(use.shape) * use.part.parameter.element_size()

@@ -17,9 +17,9 @@ from .._typing import Tensor
 from ..methods._base import Computed
 from . import layout as layouts
 from .build import blocks_of
+from .describe import described
 from .known import LAYOUTS, key_of
 from .layout import Layout
-from .describe import described
 from .recorder import Recorder, Refused, Trace, Use
 from .reverse import cotangents, weighted
 from .walk import missed

@@ -32,7 +32,7 @@ class Layout:
             return t.unsqueeze(0)
         at = lead + self.dim
         if self.outer == self.inner == 1:
-            return t.movedim(at, 0).unsqueeze(at + 1)
+            return (t.transpose(0, at) if at < 2 else t.movedim(at, 0)).unsqueeze(at + 1)
         parts = t.unflatten(at, (self.outer, n, self.inner)).movedim(at + 1, 0)
         return parts.flatten(at + 1, at + 2)
 

@@ -88,10 +88,11 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        depends, parameters = self._scan(args, kwargs)
+        tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
+        depends, parameters = self._scan(tensors)
         if parameters and torch.is_grad_enabled():
             if depends:
-                out = self._use(func, args, kwargs, parameters)
+                out = self._use(func, args, kwargs, parameters, tensors)
             elif func in EXPANDS and not self.expand_unknown and self._gains_samples(out := func(*args, **kwargs), args[0]):
                 out = self._record_expanded(func, args[0], out)
                 depends = True
@@ -105,10 +106,10 @@ class Recorder(TorchFunctionMode):
             self._mark(out, func, args)
         return out
 
-    def _scan(self, args: Any, kwargs: Any) -> tuple[bool, list[Tensor]]:
+    def _scan(self, tensors: list[Tensor]) -> tuple[bool, list[Tensor]]:
         """Whether any tensor depends on the samples, and the tensors that lead to wanted parameters and do not."""
         depends, parameters = False, []
-        for t in tensors_in((*args, *kwargs.values()) if kwargs else args):
+        for t in tensors:
             if self.depends(t):
                 depends = True
             elif t.requires_grad and self.leads_to_wanted(t):
@@ -138,23 +139,26 @@ class Recorder(TorchFunctionMode):
                 if written is not None and not self.leads.get(id(written), (None, False))[1]:
                     setattr(written, _MARK, self.token)
 
-    def _use(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
-        if any(_compat.transform_of(t) == "other" for t in tensors_in((*args, *kwargs.values()))):
+    def _use(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor], tensors: list[Tensor]) -> Any:
+        transforms = {_compat.transform_of(t) for t in tensors}
+        if "other" in transforms:
             raise Refused(f"{label(func)} runs inside a torch.func transform within f")
+        expandable = self.expand_unknown or "vmap" in transforms  # (along our own vmap, or what the user's own maps over)
         if func in RULES:
             try:
                 return self._by_rule(func, args, kwargs, parameters)
             except NoRule as declined:
-                if not self.expand_unknown and not self._mapped(args, kwargs):
+                if not expandable:
                     raise Refused(f"{label(func)}: {declined}") from None
                 return self._by_expansion(func, args, kwargs, parameters)
-        if func in ELEMENTWISE and not self.expand_unknown:
-            return self._elementwise(func, args, kwargs, parameters)
+        if func in ELEMENTWISE and not expandable:
+            shape = broadcast([t.shape for t in tensors])
+            return self._with_expanded(func, args, kwargs, parameters, lambda p: p.expand(shape) if p.shape != shape else p.view_as(p))
         body = _compat.body_of(func) if isinstance(func, FunctionType) else None
         if body is not None:
             with self:
                 return body(*args, **kwargs)
-        if self.expand_unknown or self._mapped(args, kwargs):
+        if expandable:
             return self._by_expansion(func, args, kwargs, parameters)
         raise Refused(f"{label(func)} takes a parameter and has no rule")
 
@@ -189,19 +193,8 @@ class Recorder(TorchFunctionMode):
             return t.expand(self.size, *t.shape)
         return raw.permute(order).flatten(0, 1) if merged else raw.permute(order)
 
-    def _mapped(self, args: Any, kwargs: Any) -> bool:
-        """Whether the user's own vmap is at work here, so that a parameter can be expanded along what it maps over."""
-        return any(_compat.transform_of(t) == "vmap" for t in tensors_in((*args, *kwargs.values())))
-
     def _data(self, args: Any, kwargs: Any, mine: set[int]) -> list[Tensor]:
         return [_compat.unwrapped(t)[0] for t in tensors_in((*args, *kwargs.values())) if id(t) not in mine]
-
-    def _elementwise(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
-        tensors = tensors_in((*args, *kwargs.values()))
-        shape = broadcast([t.shape for t in tensors])
-        if any(_compat.transform_of(t) for t in tensors):
-            return self._by_expansion(func, args, kwargs, parameters)
-        return self._with_expanded(func, args, kwargs, parameters, lambda p: p.expand(shape) if p.shape != shape else p.view_as(p))
 
     def _by_expansion(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
         """The parameter as (N, *shape), one for each sample, seen by vmap as the sample's own: its cotangent is the block.
@@ -229,7 +222,9 @@ class Recorder(TorchFunctionMode):
                 wide = expand(p)
                 self._record_expanded(func, p, wide, known=self.level is not None)
                 swapped[id(p)] = wide if wrap is None else wrap(wide)
-        new_args, new_kwargs = rebuild((args, kwargs), iter([swapped[id(t)] if id(t) in mine else t for t in tensors_in((*args, *kwargs.values()))]))
+        new_args, new_kwargs = rebuild(
+            (args, kwargs), iter([swapped[id(t)] if id(t) in mine else t for t in tensors_in((*args, *kwargs.values()))])
+        )
         return func(*new_args, **new_kwargs)
 
     def _record_expanded(self, func: Any, p: Tensor, wide: Tensor, *, known: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ from .._algebra import Blocks
 from .._typing import Tensor
 from .identities import unravel
 from .report import Where
-from .second_look import ENTRIES, MEMBERS, SHAKE, SUSPECTS, Looking, belongs, cloud, coarser
+from .second_look import ENTRIES, MEMBERS, SHAKE, SUSPECTS, belongs, cloud, coarser
 from .subject import Subject
 from .tolerance import apart, over
 
@@ -60,7 +60,7 @@ def _second_look(
         seed[c] = 1
         worst = apart(left[n, c], right[n, c]).abs()
         entries = worst.topk(min(ENTRIES, len(worst))).indices
-        found = cloud(subject, sample, Looking(seed, {name: entries}), tolerance)
+        found = cloud(subject, sample, seed, {name: entries}, tolerance)
         if found is None or not belongs(left[n, c, entries], found.gradients[name].to(left), tolerance.value * float(scale[n, c])):
             p = int(worst.argmax())
             shape = subject.problem.shape_of(next(t for t in subject.targets if t.name == name))

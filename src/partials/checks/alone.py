@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .._reference import part
@@ -31,6 +33,7 @@ def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
     if problem.random_state is not None:
         subject.report.note('randomness="model": a batch of one would draw other numbers, so samples were not compared with it')
         return
+    sides = replace(sides, v={})
     error, rounded, worst = 0.0, False, dict[str, Gap]()
     for n in [*subject.draws.choice(range(problem.size), COUNT), *odd[:1]]:
         found = _apart(sides, n)
@@ -40,7 +43,7 @@ def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
         found_error, above = same_alone(subject, n, single.values[0], own)
         error, rounded = max(error, found_error), rounded or above
         identities = Identities(sides, single, u[kept] * (torch.arange(len(kept), device=u.device) == 0)[:, None], kept)
-        gaps = {key: gap for key, gap in identities.gaps().items() if key[0] == "backward"}
+        gaps = identities.gaps()
         failing = {key: gap for key, gap in gaps.items() if gap.over(subject.tolerance) > 1}
         _settle(identities, failing)
         for (_, name), gap in gaps.items():

@@ -57,8 +57,8 @@ def differences(subject: Subject) -> None:
 
 def _function(problem: Problem) -> OfTensors:
     def f(tensors: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad(), drawn_from(problem.random_state, problem.targets[0].tensor.device):
-            return problem(tensors).reshape(problem.size, -1)
+        with drawn_from(problem.random_state, problem.targets[0].tensor.device):  # (gradients stay on: f may take derivatives inside)
+            return problem(tensors).detach().reshape(problem.size, -1)
 
     return f
 

@@ -30,13 +30,22 @@ class Draws:
         numbers = self.normal(shape, like)
         return numbers + numbers.sign() / 2
 
+    def spread(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Numbers of random sign between 1/2 and 3/2, made of a vector for each dimension: cheap where there are millions."""
+        sizes, signs = self._uniform(1, like).view((1,) * len(shape)), self.normal((1,) * len(shape), like).sign()
+        for dim, length in enumerate(shape):
+            tail = (1,) * (len(shape) - 1 - dim)
+            sizes = sizes + self._uniform(length, like).view(-1, *tail)
+            signs = signs * self.normal((length,), like).sign().view(-1, *tail)
+        return (sizes.frac() + 0.5) * signs
+
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
         wide = torch.float64 if like.dtype is torch.float64 else torch.float32
         return torch.randn(tuple(shape), generator=self.generator, dtype=wide).to(like.device, like.dtype)
 
     def weights(self, count: int, like: Tensor) -> Tensor:
         """Different numbers between 1 and 2."""
-        return (1 + torch.rand(count, generator=self.generator, dtype=torch.float64)).to(like.device, like.dtype)
+        return 1 + self._uniform(count, like)
 
     def choice(self, among: Sequence[int], count: int) -> list[int]:
         order = torch.randperm(len(among), generator=self.generator).tolist()
@@ -44,3 +53,6 @@ class Draws:
 
     def permutation(self, count: int) -> Tensor:
         return torch.randperm(count, generator=self.generator)
+
+    def _uniform(self, count: int, like: Tensor) -> Tensor:
+        return torch.rand(count, generator=self.generator, dtype=torch.float64).to(like.device, like.dtype)

@@ -9,15 +9,17 @@ NOTE on products. J^T u is compared with the ordinary backward, and u.(J v) with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from .. import _algebra
 from .._blocks import Block
+from .._pullback import Pullback
 from .._typing import Tensor
 from .subject import Subject
-from .tolerance import Tolerance, apart, over, size, typical
+from .tolerance import Tolerance, apart, distance, over, typical
 
 Key = tuple[str, str]
 """(check, parameter)."""
@@ -44,32 +46,38 @@ class Sides:
     subject: Subject
     squares: dict[str, Tensor]
     v: dict[str, Tensor]
-    """A vector for each parameter."""
+    """A vector for each parameter whose product is compared."""
 
     def gaps(
         self, own: Mapping[str, Tensor], u: Tensor, samples: Sequence[int] | None, names: Sequence[str] | None = None
     ) -> dict[Key, Gap]:
         """Compare with `own`, the gradients of sum u f by an ordinary backward; u (M, C) weights the M samples (None: all)."""
         found: dict[Key, Gap] = {}
-        index = None if samples is None else torch.tensor(samples, dtype=torch.int64)
+        index = None if samples is None else torch.tensor(samples, dtype=torch.int64, device=u.device)
         for target in self.subject.targets:
             name = target.name
             if names is not None and name not in names:
                 continue
             group = self.subject.blocks[name] if index is None else tuple(block.select(index) for block in self.subject.blocks[name])
-            squares = self.squares[name] if index is None else self.squares[name][index.to(u.device)]
-            scale = (u.double().square() * squares).sum(1)
             if target.kind == "input":
-                found["backward", name] = self._input(group, own[name], u, scale.sqrt())
+                found["backward", name] = self._input(group, own[name], u, self._each(name, u, samples).sqrt())
                 continue
-            total, mine = scale.sum().sqrt(), weighted(group, u)
-            found["backward", name] = Gap(ratio(size(apart(mine, own[name])), total), u.numel())
-            left, right = pushed(group, u, self.v[name]), (mine.double() * self.v[name].double()).sum()
-            found["product", name] = Gap(ratio(apart(left, right).abs(), total), u.numel())
+            scale, mine = self.scale(name, u, samples), weighted(group, u)
+            found["backward", name] = Gap(ratio(distance(mine, own[name]), scale), u.numel())
+            if name in self.v:
+                found["product", name] = Gap(gap_of_product(group, u, self.v[name], scale, mine), u.numel())
         return found
 
+    def scale(self, name: str, u: Tensor, samples: Sequence[int] | None) -> Tensor:
+        """sqrt(sum_nc |u_nc J_nc|^2) of a target over some samples."""
+        return self._each(name, u, samples).sum().sqrt()
+
+    def _each(self, name: str, u: Tensor, samples: Sequence[int] | None) -> Tensor:
+        squares = self.squares[name] if samples is None else self.squares[name][samples]
+        return (u.double().square() * squares).sum(1)
+
     def _input(self, group: tuple[Block, ...], own: Tensor, u: Tensor, scale: Tensor) -> Gap:
-        errors = over(size(apart(weighted_each(group, u), own.reshape(len(u), -1)), samples=True), typical(scale)).nan_to_num(torch.inf)
+        errors = over(distance(weighted_each(group, u), own.reshape(len(u), -1), samples=True), typical(scale)).nan_to_num(torch.inf)
         worst = int(errors.argmax())
         return Gap(float(errors[worst]), u.shape[1], worst)
 
@@ -94,13 +102,30 @@ def pushed(group: tuple[Block, ...], u: Tensor, v: Tensor) -> Tensor:
         return (products.double() * u.double()).sum()
 
 
+def gap_of_product(group: tuple[Block, ...], u: Tensor, v: Tensor, scale: Tensor, mine: Tensor | None = None) -> float:
+    """|u.(J v) - (J^T u).v| over the scale; `mine` is J^T u where it is known."""
+    mine = weighted(group, u) if mine is None else mine
+    return ratio(apart(pushed(group, u, v), (mine * v).sum(dtype=torch.float64)).abs(), scale)
+
+
+def in_double(block: Any) -> Any:
+    """The block with the same factors in float64, without graph; what a pullback goes through keeps its dtype."""
+    if isinstance(block, Pullback):
+        return replace(block, inner_block=in_double(block.inner_block))
+    if isinstance(block, Block):
+        return replace(block, **{field.name: in_double(getattr(block, field.name)) for field in fields(block)})  # type: ignore[type-var, arg-type]
+    if isinstance(block, tuple) and any(isinstance(part, Block | tuple) for part in block):
+        return tuple(in_double(part) for part in block)
+    return block.detach().double() if isinstance(block, Tensor) and block.is_floating_point() else block
+
+
 def ratio(error: Tensor, scale: Tensor) -> float:
     found = float(over(error, scale))
     return found if found == found else torch.inf
 
 
 def vectors(subject: Subject) -> dict[str, Tensor]:
-    """A Gaussian vector for each parameter."""
-    return {t.name: subject.draws.gaussian(t.tensor.shape, t.tensor.detach()) for t in subject.targets if t.kind == "parameter"}
+    """A random vector for each parameter."""
+    return {t.name: subject.draws.spread(t.tensor.shape, t.tensor.detach()) for t in subject.targets if t.kind == "parameter"}
 
 

@@ -83,7 +83,8 @@ class Identities:
         one = torch.zeros_like(self.u)
         one[n, c] = 1
         own = self.call.gradients(one)[name]
-        group = tuple(block.select(torch.tensor([self.sample(n)])) for block in self.sides.subject.blocks[name])
+        here = torch.tensor([self.sample(n)], device=self.u.device)
+        group = tuple(block.select(here) for block in self.sides.subject.blocks[name])
         if name in {t.name for t in self.call.problem.inputs}:
             own, mine = own[n], weighted_each(group, one[n : n + 1]).reshape(own[n].shape)
         else:

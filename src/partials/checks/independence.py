@@ -19,7 +19,7 @@ from .._typing import Tensor
 from .call import Call
 from .places import BySample, Place
 from .subject import Subject
-from .tolerance import apart, over, size, typical
+from .tolerance import distance, over, size, typical
 
 CONFIRMED = 8
 """Samples that are looked at again, the worst first."""
@@ -68,7 +68,7 @@ def _view(call: Call, place: Place, g: Tensor, again: Tensor, w: Tensor) -> _Vie
     for by_sample in place.layouts(g, call.problem.size):
         one, two = by_sample(g), by_sample(again)
         scale = typical(size(one.nan_to_num(0, 0, 0), samples=True))
-        errors = over(size(apart(two, w[:, None].to(one) * one), samples=True), scale)
+        errors = over(distance(two, w[:, None].to(one) * one, samples=True), scale)
         if found is None or errors.max() < found.errors.max():
             found = _View(place, by_sample, scale, errors)
     return found

@@ -65,9 +65,9 @@ def quick(subject: Subject) -> None:
     odd = _odd(subject, squares)
     apart = problem.randomness in ("same", "different")
     kept = [n for n in range(problem.size) if n not in odd] if odd and not apart and problem.random_state is None else None
-    u = subject.draws.gaussian((problem.size, subject.values.shape[1]), subject.values)
     whole = kept is None or not kept or not problem.batched
-    own = call(problem if whole else part(problem, torch.tensor(kept, device=u.device)), reading=True)
+    own = call(problem if whole else part(problem, torch.tensor(kept, device=subject.values.device)), reading=True)
+    u = subject.draws.gaussian((problem.size, own.out.shape[1]), own.values)
     local = u if whole else u[kept]
     pulled = own.pull(local, [*own.tensors.values(), *(place.at for place in own.places)])
     count = len(own.tensors)
@@ -77,6 +77,8 @@ def quick(subject: Subject) -> None:
         return
     everyone = own.values if whole else call(problem).values
     values(subject, everyone)
+    if everyone.shape != subject.values.shape:
+        return
     sides = Sides(subject, squares, vectors(subject))
     report.zeros += [t.name for t, g in zip(problem.targets, pulled, strict=False) if g is not None and not squares.get(t.name, ONE).any()]
     identities = Identities(sides, own, local, None if whole else kept)

@@ -33,7 +33,7 @@ def inside(problem: Problem) -> tuple[torch.dtype, str]:
     """(the coarsest dtype that f computes in, its name); TF32 counts as float16, whose precision it has."""
     device = problem.targets[0].tensor.device
     watch = _Watch(coarsest(*(t.tensor.dtype for t in problem.targets)))
-    with watch, torch.no_grad(), drawn_from(problem.random_state, device):
+    with watch, drawn_from(problem.random_state, device):
         problem()
     tf32 = device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     if watch.dtype is torch.float32 and tf32:

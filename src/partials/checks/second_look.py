@@ -10,7 +10,7 @@ tolerance where the function is well behaved: its cloud is small there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -20,14 +20,18 @@ from .._reference import part
 from .._signature import usable
 from .._state import drawn_from
 from .._typing import Tensor
-from .gaps import Gap, Key, pushed, weighted, weighted_each
+from .gaps import Gap, Key, gap_of_product, in_double, weighted, weighted_each
 from .identities import Identities
 from .precision import inside
 from .subject import Subject
-from .tolerance import Tolerance, apart, name_of, size
+from .tolerance import Tolerance, apart, distance, name_of
 
-MEMBERS, SHAKE, NEAR = 16, 8, 4
-"""Members of a cloud; how far inputs and parameters move, in eps; how many times as far as members are from each other a row may be."""
+MEMBERS, SHAKE = 16, 8
+"""Members of a cloud; how far inputs and parameters move, in eps."""
+NEAR, FAR = 4, 8
+"""How many times as far as a member a row may be from its nearest member, and from all of them on average."""
+COPIES = 8
+"""Samples in every other member's batch, all the same one: another batch size has other kernels, which round otherwise."""
 SUSPECTS = 3
 """Samples that are looked at, the worst first."""
 ENTRIES = 2**16
@@ -42,42 +46,28 @@ class Cloud:
     gradients: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Looking:
-    """What is looked at: weights u (C,) of the outputs, and of each target some entries, or a sum of all with weights, (entries, k)."""
-
-    u: Tensor
-    entries: Mapping[str, Tensor]
-    sums: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def of(self, name: str, gradient: Tensor) -> Tensor:
-        flat = gradient.reshape(-1)
-        return flat[self.entries[name]] if name in self.entries else flat.double() @ self.sums[name].double()
-
-
-def cloud(subject: Subject, n: int, looking: Looking, tolerance: Tolerance) -> Cloud | None:
-    """The cloud of sample n; None where f or its copy does not run on other tensors."""
+def cloud(subject: Subject, n: int, u: Tensor, entries: Mapping[str, Tensor], tolerance: Tolerance) -> Cloud | None:
+    """The cloud of sample n with weights u (C,), of the `entries` of some targets; None where f does not run on other tensors."""
+    problem = subject.problem
     try:
-        try:
-            return _cloud(subject, *_single(subject.problem, n), looking, tolerance)
-        except Exception:  # f refuses a batch of one
-            return _cloud(subject, subject.problem, n, looking, tolerance)
+        if problem.batched and problem.random_state is None:
+            index = torch.tensor([n], device=u.device)
+            try:
+                return _cloud(subject, [(part(problem, index), 0), (part(problem, index.repeat(COPIES)), 0)], u, entries, tolerance)
+            except Exception:  # f refuses so small a batch
+                pass
+        return _cloud(subject, [(problem, n)], u, entries, tolerance)
     except Exception:
         subject.report.note(f"{subject.problem.name} does not run on other tensors, so kinks cannot be told from faults")
         return None
 
 
-def _single(problem: Problem, n: int) -> tuple[Problem, int]:
-    """A problem that holds sample n, as few others as can be, and its place in it."""
-    if not problem.batched or problem.random_state is not None:
-        return problem, n
-    return part(problem, torch.tensor([n], device=problem.targets[0].tensor.device)), 0
-
-
-def _cloud(subject: Subject, problem: Problem, at: int, looking: Looking, tolerance: Tolerance) -> Cloud:
+def _cloud(
+    subject: Subject, hosts: Sequence[tuple[Problem, int]], u: Tensor, entries: Mapping[str, Tensor], tolerance: Tolerance
+) -> Cloud:
+    """`hosts`: problems that hold the sample, with its place in each; they take turns."""
     values: list[Tensor] = []
-    gradients: dict[str, list[Tensor]] = {name: [] for name in (*looking.entries, *looking.sums)}
-    targets = [t for t in problem.targets if t.name in gradients]
+    gradients: dict[str, list[Tensor]] = {name: [] for name in entries}
 
     def shaken(tensor: Tensor) -> Tensor:
         tensor = usable(tensor).detach()
@@ -85,32 +75,34 @@ def _cloud(subject: Subject, problem: Problem, at: int, looking: Looking, tolera
             return tensor
         return tensor + tensor * subject.draws.normal(tensor.shape, tensor) * (SHAKE * max(tolerance.eps, torch.finfo(tensor.dtype).eps))
 
-    for _ in range(MEMBERS):
+    for member in range(MEMBERS):
+        problem, at = hosts[member % len(hosts)]
+        targets = [t for t in problem.targets if t.name in entries]
         tensors = {t.name: shaken(t.tensor).requires_grad_() for t in problem.targets}
         with drawn_from(problem.random_state, problem.targets[0].tensor.device):
             out = problem(tensors, [shaken(tensor) for tensor in problem.given]).reshape(problem.size, -1)[at]
         values.append(out.detach())
         wanted = [tensors[t.name] for t in targets if out.requires_grad]
-        found = torch.autograd.grad(out, wanted, looking.u.to(out), allow_unused=True) if wanted else [None] * len(targets)
+        found = torch.autograd.grad(out, wanted, u.to(out), allow_unused=True) if wanted else [None] * len(targets)
         for target, gradient in zip(targets, found, strict=True):
             full = torch.zeros_like(tensors[target.name]) if gradient is None else gradient
             own = full.select(problem.dim_of(target), at) if target.kind == "input" and problem.batched else full
-            gradients[target.name].append(looking.of(target.name, own))
+            gradients[target.name].append(own.reshape(-1)[entries[target.name]])
     return Cloud(torch.stack(values), {name: torch.stack(parts) for name, parts in gradients.items()})
 
 
 def belongs(x: Tensor, members: Tensor, floor: float) -> bool:
     """Whether x (p,) could be one of the members (D, p): within `floor` of one, or no farther from them than they are from each other.
 
-    Farther from its nearest than a member is (on a kink the members are in groups, and x must be in one of them; a member
-    that stands alone does not make others welcome), or farther from their middle (numbers of few digits fall on each other).
+    No farther from its nearest than members are (on a kink they are in groups, and x must be in one of them; a member that
+    stands alone does not make others welcome), or no farther on average (numbers that cancel have few digits, and coincide).
     """
-    to_x = size(apart(members, x), samples=True).sort().values.tolist()
+    to_x = distance(members, x, samples=True).sort().values.tolist()
     if to_x[0] <= floor:
         return True
-    among = torch.stack([size(apart(members, member), samples=True) for member in members]).sort(1).values  # (D, D), zeros first
-    nearest, middle = among[:, 1].sort().values.tolist(), among[:, len(members) // 2].sort().values.tolist()
-    return bool(to_x[0] <= NEAR * nearest[-3] or to_x[len(to_x) // 2] <= NEAR * middle[len(middle) // 2])
+    among = torch.stack([distance(members, member, samples=True) for member in members]).sort(1).values  # (D, D), zeros first
+    nearest, average = among[:, 1].sort().values.tolist(), (among.sum(1) / (len(members) - 1)).sort().values.tolist()
+    return bool(to_x[0] <= NEAR * nearest[-3] or sum(to_x) / len(to_x) <= FAR * average[len(average) // 2])
 
 
 def settle(identities: Identities, failing: dict[Key, Gap], check: str = "") -> None:
@@ -120,6 +112,7 @@ def settle(identities: Identities, failing: dict[Key, Gap], check: str = "") -> 
     for key in [key for key, gap in failing.items() if gap.over(tolerance) <= 1]:
         gap = failing.pop(key)
         subject.row(check or key[0], key[1], gap.error, tolerance=tolerance.summing(gap.terms))
+    _products(identities, failing, tolerance)
     if not failing:
         return
     names = [name for _, name in failing]
@@ -145,34 +138,40 @@ def settle(identities: Identities, failing: dict[Key, Gap], check: str = "") -> 
             subject.row(*row, where, passed=False, remark=_hooks(subject, key[1]), tolerance=allowed)
 
 
+def _products(identities: Identities, failing: dict[Key, Gap], tolerance: Tolerance) -> None:
+    """Explain the products that agree in float64: two ways through the same blocks, which cancel in their own dtype."""
+    sides, u = identities.sides, identities.u.double()
+    for key in [key for key in failing if key[0] == "product"]:
+        group = tuple(in_double(block) for block in sides.subject.blocks[key[1]])
+        if identities.kept is not None:
+            index = torch.tensor(identities.kept, device=u.device)
+            group = tuple(block.select(index) for block in group)
+        gap = failing[key]
+        if gap_of_product(group, u, sides.v[key[1]].double(), sides.scale(key[1], u, identities.kept)) <= tolerance.value:
+            failing.pop(key)
+            remark = "terms that cancel: J v and J^T u agree when the same blocks are multiplied in float64"
+            sides.subject.row(*key, gap.error, passed=True, remark=remark, tolerance=tolerance.summing(gap.terms))
+
+
 def _known(identities: Identities, n: int, keys: Sequence[Key], tolerance: Tolerance) -> list[Key]:
     """Those of the keys whose numbers at the call's sample n belong to their clouds."""
     sides, u, sample = identities.sides, identities.u[n], identities.sample(n)
     own = identities.call.gradients(identities.u * identities.mask([n]))
-    mine: dict[Key, Tensor] = {}
-    entries, sums = dict[str, Tensor](), dict[str, Tensor]()
-    for check, name in keys:
+    mine: dict[str, Tensor] = {}
+    entries: dict[str, Tensor] = {}
+    for name in [name for check, name in keys if check != "product"]:
         target = next(t for t in sides.subject.targets if t.name == name)
-        group = tuple(block.select(torch.tensor([sample])) for block in sides.subject.blocks[name])
-        if check == "product":
-            mine[check, name], sums[name] = pushed(group, u[None], sides.v[name]).reshape(1), sides.v[name].reshape(-1, 1)
-            continue
+        group = tuple(block.select(torch.tensor([sample], device=u.device)) for block in sides.subject.blocks[name])
         row = weighted(group, u[None]) if target.kind == "parameter" else weighted_each(group, u[None])
         other = own[name] if target.kind == "parameter" else own[name][n]
         worst = apart(row.reshape(-1), other.reshape(-1)).abs()
         entries[name] = worst.topk(min(ENTRIES, len(worst))).indices
-        mine[check, name] = row.reshape(-1)[entries[name]]
-    clouds = {
-        "product": cloud(sides.subject, sample, Looking(u, {}, sums), tolerance) if sums else None,
-        "backward": cloud(sides.subject, sample, Looking(u, entries), tolerance) if entries else None,
-    }
-    known = []
-    for key, x in mine.items():
-        found = clouds[key[0]]
-        floor = tolerance.value * float((u.double().square() * sides.squares[key[1]][sample]).sum().sqrt())
-        if found is not None and belongs(x, found.gradients[key[1]], floor):
-            known.append(key)
-    return known
+        mine[name] = row.reshape(-1)[entries[name]]
+    found = cloud(sides.subject, sample, u, entries, tolerance) if entries else None
+    if found is None:
+        return []
+    floors = {name: tolerance.value * float(sides.scale(name, u[None], [sample])) for name in mine}
+    return [("backward", name) for name, x in mine.items() if belongs(x, found.gradients[name], floors[name])]
 
 
 def coarser(subject: Subject) -> Tolerance:

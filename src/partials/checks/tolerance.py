@@ -74,6 +74,12 @@ def apart(left: Tensor, right: Tensor) -> Tensor:
     return torch.where(alike, 0, difference).nan_to_num(torch.inf, torch.inf, -torch.inf)
 
 
+def distance(left: Tensor, right: Tensor, *, samples: bool = False) -> Tensor:
+    """The size of left - right, of everything or of each sample's part, where equal infinities and NaN are no difference."""
+    found = size(left - right, samples=samples)
+    return found if bool(found.isfinite().all()) else size(apart(left, right), samples=samples)
+
+
 def over(error: Tensor, scale: Tensor) -> Tensor:
     """error / scale, zero where the error is zero and infinite where only the scale is."""
     return torch.where(error == 0, 0, error / scale)

@@ -10,9 +10,9 @@ from .call import call
 from .identities import unravel
 from .independence import mixing
 from .report import Row, Where
-from .second_look import SHAKE, SUSPECTS, Looking, belongs, cloud, coarser
+from .second_look import SHAKE, SUSPECTS, belongs, cloud, coarser
 from .subject import Subject
-from .tolerance import Tolerance, apart, over, size, typical
+from .tolerance import Tolerance, apart, distance, over, size, typical
 
 ROUNDED = f"rounding of f itself: its values move as far when inputs and parameters move by {SHAKE} eps"
 
@@ -35,7 +35,7 @@ def values(subject: Subject, own: Tensor) -> None:
         remark = f"shape {tuple(got.shape)}, not {tuple(own.shape)}"
         subject.report.add(Row("values", "values", torch.inf, 0.0, "shapes are equal or not", torch.inf, False, None, remark))
         return
-    errors = over(size(apart(got, own), samples=True), scale_of(own)).nan_to_num(torch.inf)
+    errors = over(distance(got, own, samples=True), scale_of(own)).nan_to_num(torch.inf)
     worst = int(errors.argmax())
     if float(errors[worst]) <= subject.tolerance.value:
         subject.row("values", "values", float(errors[worst]))
@@ -62,7 +62,7 @@ def same_alone(subject: Subject, n: int, alone: Tensor, own: Tensor) -> tuple[fl
     MixingError
         where it is more than the rounding of f itself.
     """
-    error = float(over(size(apart(alone, own[n])), scale_of(own)[n]).nan_to_num(torch.inf))
+    error = float(over(distance(alone, own[n]), scale_of(own)[n]).nan_to_num(torch.inf))
     if error > subject.tolerance.value:
         tolerance = coarser(subject)
         if error > tolerance.value and not _rounding(subject, n, own[n], tolerance, own):
@@ -76,7 +76,7 @@ def same_alone(subject: Subject, n: int, alone: Tensor, own: Tensor) -> tuple[fl
 
 
 def _rounding(subject: Subject, n: int, x: Tensor, tolerance: Tolerance, own: Tensor) -> bool:
-    found = cloud(subject, n, Looking(x, {}), tolerance)
+    found = cloud(subject, n, x, {}, tolerance)
     return found is not None and belongs(x, found.values, tolerance.value * float(scale_of(own)[n]))
 
 

@@ -23,7 +23,9 @@ class Composite(TorchFunctionMode):
         return TABLE.get(func, func)(*args, **(kwargs or {}))
 
 
-def layer_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any) -> Tensor:
+def layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+) -> Tensor:
     count = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
     return _affine(_standard(input, tuple(range(-count, 0)), eps), weight, bias)
 
@@ -56,4 +58,9 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-TABLE: dict[Any, Any] = {F.layer_norm: layer_norm, torch.layer_norm: layer_norm, F.instance_norm: instance_norm, torch.instance_norm: instance_norm}
+TABLE: dict[Any, Any] = {
+    F.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    F.instance_norm: instance_norm,
+    torch.instance_norm: instance_norm,
+}

@@ -48,7 +48,11 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
         values = problem(tensors)
     all_seen(problem, values, "forward")
     if not bool(values.isfinite().all()):
-        raise MethodError("method='forward' stops at values that are not finite", got="inf or NaN", hint="method='loop': forward and reverse mode differ there")
+        raise MethodError(
+            "method='forward' stops at values that are not finite",
+            got="inf or NaN",
+            hint="method='loop': forward and reverse mode differ there",
+        )
     blocks: dict[str, tuple[Block, ...]] = {}
     for target in problem.targets:
         count = int(torch.Size(problem.shape_of(target)).numel())

@@ -121,8 +121,12 @@ def translated(problem: Problem, error: RuntimeError) -> PartialsError:
     """vmap's refusal in our words; the function ran on the plain sample just before, so the fault is not the function's."""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "randomness" in str(error):
-        return RandomnessError(f"{problem.name} draws random numbers under vmap", got=first, expected="a policy", hint='randomness="same" or "different"')
-    return MethodError(f"method='vmap' cannot run {problem.name}", got=first, expected="operations that torch.func.vmap supports", hint="method='loop'")
+        return RandomnessError(
+            f"{problem.name} draws random numbers under vmap", got=first, expected="a policy", hint='randomness="same" or "different"'
+        )
+    return MethodError(
+        f"method='vmap' cannot run {problem.name}", got=first, expected="operations that torch.func.vmap supports", hint="method='loop'"
+    )
 
 
 METHOD = Method("vmap", "torch.func.vmap of the reverse-mode Jacobian of one sample, in chunks", verdict, run)

@@ -8,8 +8,8 @@ A rule is a function with the operation's own signature that yields parts (`_par
         yield SumPart(bias)                     # J = sum_t g[t, o]
 
 Arguments that are no wanted parameter may be yielded all the same; they are ignored. For a use that it does not know a rule
-yields `Declined` (or raises `NoRule`), and the operation is then expanded or another method runs. Operations that act entry by entry need no formula:
-they are listed in `elementwise.py`.
+yields `Declined` (or raises `NoRule`), and the operation is then expanded or another method runs. Operations that act entry
+by entry need no formula: they are listed in `elementwise.py`.
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ def rule(*operations: Any, override: bool = False) -> Callable[[R], R]:
 
     for operation in operations:
         if not callable(operation):
-            raise InputError("a rule belongs to an operation", got=type(operation).__name__, expected="a torch function, method or custom operation")
+            raise InputError(
+                "a rule belongs to an operation", got=type(operation).__name__, expected="a torch function, method or custom operation"
+            )
 
     def register(function: R) -> R:
         for operation in operations:

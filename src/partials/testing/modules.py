@@ -54,7 +54,7 @@ class Tied(nn.Module):
         self.head.weight = self.table.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.table(tokens).mean(1).tanh())  # type: ignore[no-any-return]
+        return self.head(self.table(tokens).mean(1).tanh())
 
 
 class Bag(nn.Module):
@@ -68,7 +68,7 @@ class Bag(nn.Module):
             self.table.weight.normal_()  # the padding row too, so that it is its derivative that is zero
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.table(tokens).mean(1))  # type: ignore[no-any-return]
+        return self.head(self.table(tokens).mean(1))
 
 
 class Last(nn.Module):
@@ -79,7 +79,7 @@ class Last(nn.Module):
         self.recurrent = recurrent
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.recurrent(x)[0][:, -1]  # type: ignore[no-any-return]
+        return self.recurrent(x)[0][:, -1]
 
 
 class LowRank(nn.Module):

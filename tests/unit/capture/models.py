@@ -102,7 +102,12 @@ class Twice(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.unused, self.empty, self.head = nn.Linear(4, 4), nn.Parameter(torch.randn(3)), nn.Parameter(torch.zeros(0)), nn.Linear(4, 2)
+        self.layer, self.unused, self.empty, self.head = (
+            nn.Linear(4, 4),
+            nn.Parameter(torch.randn(3)),
+            nn.Parameter(torch.zeros(0)),
+            nn.Linear(4, 2),
+        )
         self.head.weight.requires_grad_(False)
 
     def forward(self, x):
@@ -192,7 +197,9 @@ MODELS = {
     "columns from the left": function(lambda x, a: (a @ x.t()).t().sin(), (2, 4)),
     "mv": function(lambda x, a: (x @ a).sin(), (4,)),
     "rows by index": function(lambda x, a: a[x.abs().mul(3).long().clamp(max=6)].sum(1).sin(), (7, 3)),
-    "entry by entry": function(lambda x, a, b: torch.where(x > 0, x.abs() ** a.abs(), a) / b - b * 2 + (1 - b) * (b / (x.abs() + 1)), (4,), ()),
+    "entry by entry": function(
+        lambda x, a, b: torch.where(x > 0, x.abs() ** a.abs(), a) / b - b * 2 + (1 - b) * (b / (x.abs() + 1)), (4,), ()
+    ),
     "vmapped one-sample function": lambda: vmapped(),
 }
 

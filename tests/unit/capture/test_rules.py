@@ -31,13 +31,26 @@ def test_linear(n, lead, i, o, bias):
     agrees(lambda x, w, b=None: F.linear(x, w, b).sin(), draw(n, *lead, i), draw(o, i, grad=True), *([draw(o, grad=True)] if bias else []))
 
 
-@given(n=st.integers(1, 4), groups=SIZES, i=SIZES, o=SIZES, k=SIZES, stride=SIZES, padding=st.integers(0, 2), dilation=st.integers(1, 2), dims=st.integers(1, 3))
+@given(
+    n=st.integers(1, 4),
+    groups=SIZES,
+    i=SIZES,
+    o=SIZES,
+    k=SIZES,
+    stride=SIZES,
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    dims=st.integers(1, 3),
+)
 def test_conv(n, groups, i, o, k, stride, padding, dilation, dims):
     size = dilation * (k - 1) + 1 + stride
     f = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
     weight = draw(groups * o, i, *(k,) * dims, grad=True)
     agrees(
-        lambda x, w, b: f(x, w, b, stride, padding, dilation, groups).flatten(1).sin().sum(1), draw(n, groups * i, *(size,) * dims), weight, draw(groups * o, grad=True)
+        lambda x, w, b: f(x, w, b, stride, padding, dilation, groups).flatten(1).sin().sum(1),
+        draw(n, groups * i, *(size,) * dims),
+        weight,
+        draw(groups * o, grad=True),
     )
 
 
