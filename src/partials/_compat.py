@@ -1,4 +1,7 @@
-"""Every private torch name that the library uses, each with a public way to the same answer."""
+"""Every private torch name that the library uses, each with a public way to the same answer.
+
+Without the private names a capture sees only plain tensors: what runs under a vmap is refused, and another method runs.
+"""
 
 from __future__ import annotations
 
@@ -68,9 +71,29 @@ def current_level() -> int | None:
     return _private.maybe_current_level() if _private is not None else None
 
 
+class _Plain(torch.autograd.Function):
+    """A Function without `setup_context`: torch refuses to apply it where a torch.func transform is running."""
+
+    @staticmethod
+    def forward(*context_and_input: Any) -> Any:
+        return context_and_input[1]
+
+
+_NOTHING = torch.empty(0)
+
+
 def inside_transform() -> bool:
-    """Whether a torch.func transform is running."""
-    return current_level() is not None
+    """Whether a torch.func transform (vmap, grad, vjp, jvp, ...) is running in this thread.
+
+    A function may close over batched tensors while its inputs look ordinary, so that no tensor at hand would tell.
+    """
+    if PRIVATE:
+        return current_level() is not None
+    try:
+        _Plain.apply(_NOTHING)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return True
+    return False
 
 
 _OFF = {name: (lambda *_: False) for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")}

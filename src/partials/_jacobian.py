@@ -135,7 +135,8 @@ class Jacobian(AbstractJacobian):
             k = v.shape[1] if columns else 1
             u = (self @ v).reshape(*self._flat, k)
             u = (u if matrices is None else matrices @ u).reshape(*self._lead, k)
-            return self.T @ (u if columns else u.squeeze(-1))
+            found: Tensor = self.T @ (u if columns else u.squeeze(-1))
+            return found
 
         return Transposed(apply, (self.columns.width, self.columns.width))
 
@@ -265,4 +266,5 @@ def _same_columns(jacobians: Sequence[Jacobian]) -> None:
 
 def _centred(block: Any, mean: Tensor) -> Tensor:
     """sum_n (J[n] - mean)^2 of one block: shifted before squaring, so that nothing cancels. (C, *shape)."""
-    return (block.dense() - mean).square().sum(0)
+    squares: Tensor = (block.dense() - mean).square().sum(0)
+    return squares

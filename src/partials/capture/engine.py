@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.func import vmap as torch_vmap
 
+from .. import _compat
 from .._blocks import Block, Dense
-from .._compat import current_level
 from .._errors import listed
 from .._output import check_output
 from .._problem import Problem
@@ -48,6 +48,8 @@ def vmapped(problem: Problem) -> Run:
     """f under `torch.func.vmap`, each sample with a batch dimension of one: layouts are known, unknown operations are expanded."""
     if not problem.batched:
         raise Refused("a single sample has nothing to vectorise over")
+    if not _compat.PRIVATE:
+        raise Refused("this torch does not show what vmap does with its tensors")
     if problem.randomness == "model":
         raise Refused('randomness="model" needs the masks of the whole batch')
     tensors = problem.tensors()
@@ -58,7 +60,7 @@ def vmapped(problem: Problem) -> Run:
     def one(given: dict[str, Tensor], *sample: Tensor) -> Tensor:
         whole = [leaf if dim is None else leaf.unsqueeze(dim) for leaf, dim in zip(sample, problem.dims, strict=True)]
         put = {name: given[name].unsqueeze(inputs[name]) if name in inputs else tensor for name, tensor in tensors.items()}
-        recorder.level = current_level()
+        recorder.level = _compat.current_level()
         with recorder:
             out = problem(put, whole)
         return check_output(out, 1, problem.name, batched=True).squeeze(0)

@@ -141,7 +141,7 @@ class Recorder(TorchFunctionMode):
 
     def _use(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor], tensors: list[Tensor]) -> Any:
         transforms = {_compat.transform_of(t) for t in tensors}
-        if "other" in transforms:
+        if "other" in transforms or ("vmap" in transforms and not _compat.PRIVATE):
             raise Refused(f"{label(func)} runs inside a torch.func transform within f")
         expandable = self.expand_unknown or "vmap" in transforms  # (along our own vmap, or what the user's own maps over)
         if func in RULES:

@@ -61,7 +61,9 @@ def _second_look(
         worst = apart(left[n, c], right[n, c]).abs()
         entries = worst.topk(min(ENTRIES, len(worst))).indices
         found = cloud(subject, sample, seed, {name: entries}, tolerance)
-        if found is None or not belongs(left[n, c, entries], found.gradients[name].to(left), tolerance.value * float(scale[n, c])):
+        members = None if found is None else found.gradients[name].to(right)
+        floor = tolerance.value * float(scale[n, c])
+        if members is None or not all(belongs(x[n, c, entries], members, floor) for x in (left, right)):
             p = int(worst.argmax())
             shape = subject.problem.shape_of(next(t for t in subject.targets if t.name == name))
             where = Where(sample, unravel(c, subject.report.outputs), unravel(p, shape), float(left[n, c, p]), float(right[n, c, p]))

@@ -3,8 +3,8 @@
 NOTE on clouds. A row may differ from an ordinary backward by far more than rounding and still be right: on a kink (the sign of a
 pre-activation of 1e-9 depends on how a product was summed) or where large terms cancel. What is right then is a set: the rows that
 ordinary backwards give when inputs and parameters move in their last bits. Such a cloud is drawn for the samples in question, in f's own
-dtype, and a row is accepted if it is as near to a member of the cloud as members are to each other. This never widens a
-tolerance where the function is well behaved: its cloud is small there.
+dtype, and two rows that differ are both accepted if each is as near to a member of the cloud as members are to each other.
+This never widens a tolerance where the function is well behaved: its cloud is small there.
 """
 
 from __future__ import annotations
@@ -154,10 +154,10 @@ def _products(identities: Identities, failing: dict[Key, Gap], tolerance: Tolera
 
 
 def _known(identities: Identities, n: int, keys: Sequence[Key], tolerance: Tolerance) -> list[Key]:
-    """Those of the keys whose numbers at the call's sample n belong to their clouds."""
+    """Those of the keys where the Jacobian's row and the ordinary backward's at the call's sample n both belong to the cloud."""
     sides, u, sample = identities.sides, identities.u[n], identities.sample(n)
     own = identities.call.gradients(identities.u * identities.mask([n]))
-    mine: dict[str, Tensor] = {}
+    both: dict[str, tuple[Tensor, Tensor]] = {}
     entries: dict[str, Tensor] = {}
     for name in [name for check, name in keys if check != "product"]:
         target = next(t for t in sides.subject.targets if t.name == name)
@@ -166,12 +166,12 @@ def _known(identities: Identities, n: int, keys: Sequence[Key], tolerance: Toler
         other = own[name] if target.kind == "parameter" else own[name][n]
         worst = apart(row.reshape(-1), other.reshape(-1)).abs()
         entries[name] = worst.topk(min(ENTRIES, len(worst))).indices
-        mine[name] = row.reshape(-1)[entries[name]]
+        both[name] = row.reshape(-1)[entries[name]], other.reshape(-1)[entries[name]]
     found = cloud(sides.subject, sample, u, entries, tolerance) if entries else None
     if found is None:
         return []
-    floors = {name: tolerance.value * float(sides.scale(name, u[None], [sample])) for name in mine}
-    return [("backward", name) for name, x in mine.items() if belongs(x, found.gradients[name], floors[name])]
+    floors = {name: tolerance.value * float(sides.scale(name, u[None], [sample])) for name in both}
+    return [("backward", name) for name, rows in both.items() if all(belongs(x, found.gradients[name], floors[name]) for x in rows)]
 
 
 def coarser(subject: Subject) -> Tolerance:

@@ -43,7 +43,7 @@ def values(subject: Subject, own: Tensor) -> None:
     tolerance = coarser(subject)
     suspects = [n for n in errors.topk(min(SUSPECTS, len(errors))).indices.tolist() if float(errors[n]) > tolerance.value]
     for n in suspects:
-        if not _rounding(subject, n, got[n], tolerance, own):
+        if not _rounding(subject, n, (got[n], own[n]), tolerance, own):
             _whose_fault(subject, n, own)
             difference = apart(got[n], own[n]).abs()
             c = int(difference.argmax())
@@ -65,7 +65,7 @@ def same_alone(subject: Subject, n: int, alone: Tensor, own: Tensor) -> tuple[fl
     error = float(over(distance(alone, own[n]), scale_of(own)[n]).nan_to_num(torch.inf))
     if error > subject.tolerance.value:
         tolerance = coarser(subject)
-        if error > tolerance.value and not _rounding(subject, n, own[n], tolerance, own):
+        if error > tolerance.value and not _rounding(subject, n, (alone, own[n]), tolerance, own):
             raise mixing(
                 subject.problem,
                 f"sample {n} has another value alone than in the batch",
@@ -75,9 +75,11 @@ def same_alone(subject: Subject, n: int, alone: Tensor, own: Tensor) -> tuple[fl
     return error, error > subject.tolerance.value
 
 
-def _rounding(subject: Subject, n: int, x: Tensor, tolerance: Tolerance, own: Tensor) -> bool:
-    found = cloud(subject, n, x, {}, tolerance)
-    return found is not None and belongs(x, found.values, tolerance.value * float(scale_of(own)[n]))
+def _rounding(subject: Subject, n: int, both: tuple[Tensor, Tensor], tolerance: Tolerance, own: Tensor) -> bool:
+    """Whether two values of sample n, which differ, both belong to its cloud."""
+    found = cloud(subject, n, own[n], {}, tolerance)
+    floor = tolerance.value * float(scale_of(own)[n])
+    return found is not None and all(belongs(x, found.values, floor) for x in both)
 
 
 def _whose_fault(subject: Subject, n: int, own: Tensor) -> None:
