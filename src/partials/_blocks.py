@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ._products import rows_by_rows
 from ._typing import Shape, Tensor
 
 ROOM = 64 * 2**20
@@ -121,6 +122,12 @@ class Dense(Block):
 
     def dense(self) -> Tensor:
         return self.values
+
+    def gram(self, other: Block) -> Tensor:
+        if not isinstance(other, Dense):
+            return super().gram(other)
+        left, right = (block._flat().flatten(0, 1) for block in (self, other))
+        return rows_by_rows(left, right).reshape(*self.rows, *other.rows)
 
     def select(self, index: Tensor) -> Block:
         return Dense(self.values.index_select(0, index.to(self.values.device)))

@@ -16,6 +16,7 @@ import torch
 
 from ._blocks import Block
 from ._gather import Gather, across, budget, cat, contracted, each, folded, in_chunks, in_tiles, lookup, own, widest
+from ._products import rows_by_rows
 from ._typing import Shape, Tensor
 
 Layout: TypeAlias = Literal["oi", "io"]
@@ -105,7 +106,7 @@ class Outer(Block):
         left, right = _widened(self, other)
         (t, groups, _), s = left.a.shape[1:], right.a.shape[1]
         if t * s * groups == 1:
-            return across(left.g, right.g) * (left.a[:, 0, 0] @ right.a[:, 0, 0].T)[:, None, :, None]
+            return across(left.g, right.g) * rows_by_rows(left.a[:, 0, 0], right.a[:, 0, 0])[:, None, :, None]
         return _gram(left, right)
 
     @property

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import embedding, pad
 
 from ._blocks import Block
+from ._products import rows_by_rows
 from ._typing import Shape, Tensor
 
 VISIT, CALL = 32, 5_000_000
@@ -219,7 +220,7 @@ def own(left: Tensor, right: Tensor) -> Tensor:
 def across(left: Tensor, right: Tensor) -> Tensor:
     """Inner products of rows (N, C, ...) with rows (M, D, ...) of all samples: (N, C, M, D)."""
     left, right = widest(left, right)
-    products = left.flatten(2).flatten(0, 1) @ right.flatten(2).flatten(0, 1).T
+    products = rows_by_rows(left.flatten(2).flatten(0, 1), right.flatten(2).flatten(0, 1))
     return products.view(*left.shape[:2], *right.shape[:2])
 
 

@@ -9,9 +9,10 @@ import torch
 from .. import _algebra
 from .._algebra import Blocks
 from .._typing import Tensor
+from .cloud import MEMBERS, SHAKE, belongs, cloud
 from .identities import unravel
 from .report import Where
-from .second_look import ENTRIES, MEMBERS, SHAKE, SUSPECTS, belongs, cloud, coarser
+from .second_look import ENTRIES, SUSPECTS, coarser
 from .subject import Subject
 from .tolerance import apart, over
 

@@ -9,7 +9,7 @@ import torch
 from .._reference import part
 from .._typing import Tensor
 from .call import Call, call, in_short
-from .gaps import Gap, Key, Sides
+from .gaps import Gap, Sides
 from .identities import Identities
 from .second_look import settle
 from .values import ROUNDED, same_alone
@@ -45,18 +45,14 @@ def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
         identities = Identities(sides, single, u[kept] * (torch.arange(len(kept), device=u.device) == 0)[:, None], kept)
         gaps = identities.gaps()
         failing = {key: gap for key, gap in gaps.items() if gap.over(subject.tolerance) > 1}
-        _settle(identities, failing)
-        for (_, name), gap in gaps.items():
-            if ("backward", name) not in failing and gap.error >= worst.get(name, gap).error:
+        for (check, name), gap in gaps.items():
+            if (check, name) not in failing and gap.error >= worst.get(name, gap).error:
                 worst[name] = gap
+        if failing:
+            settle(identities, failing, "alone")
     subject.row("alone", "values", error, passed=True, remark=ROUNDED if rounded else "")
     for name, gap in worst.items():
         subject.row("alone", name, gap.error, tolerance=subject.tolerance.summing(gap.terms))
-
-
-def _settle(identities: Identities, failing: dict[Key, Gap]) -> None:
-    if failing:
-        settle(identities, failing, "alone")
 
 
 def _apart(sides: Sides, n: int) -> tuple[Call, list[int]] | None:

@@ -1,108 +1,24 @@
-"""A second look at what exceeds its tolerance: is it the method's fault, or the function's own rounding?
-
-NOTE on clouds. A row may differ from an ordinary backward by far more than rounding and still be right: on a kink (the sign of a
-pre-activation of 1e-9 depends on how a product was summed) or where large terms cancel. What is right then is a set: the rows that
-ordinary backwards give when inputs and parameters move in their last bits. Such a cloud is drawn for the samples in question, in f's own
-dtype, and two rows that differ are both accepted if each is as near to a member of the cloud as members are to each other.
-This never widens a tolerance where the function is well behaved: its cloud is small there.
-"""
+"""A second look at what exceeds its tolerance: is it the method's fault, or the function's own rounding?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from .._errors import listed
-from .._problem import Problem
-from .._reference import part
-from .._signature import usable
-from .._state import drawn_from
 from .._typing import Tensor
+from .cloud import SHAKE, belongs, cloud
 from .gaps import Gap, Key, gap_of_product, in_double, weighted, weighted_each
 from .identities import Identities
 from .precision import inside
 from .subject import Subject
-from .tolerance import Tolerance, apart, distance, name_of
+from .tolerance import Tolerance, apart, name_of
 
-MEMBERS, SHAKE = 16, 8
-"""Members of a cloud; how far inputs and parameters move, in eps."""
-NEAR, FAR = 4, 8
-"""How many times as far as a member a row may be from its nearest member, and from all of them on average."""
-COPIES = 8
-"""Samples in every other member's batch, all the same one: another batch size has other kernels, which round otherwise."""
 SUSPECTS = 3
 """Samples that are looked at, the worst first."""
 ENTRIES = 2**16
 """Entries of a parameter that are looked at, those that differ most."""
-
-
-@dataclass(frozen=True)
-class Cloud:
-    """What ordinary calls give at one sample: values (D, C), and gradients of sum_c u_c f_c by target, (D, entries)."""
-
-    values: Tensor
-    gradients: Mapping[str, Tensor]
-
-
-def cloud(subject: Subject, n: int, u: Tensor, entries: Mapping[str, Tensor], tolerance: Tolerance) -> Cloud | None:
-    """The cloud of sample n with weights u (C,), of the `entries` of some targets; None where f does not run on other tensors."""
-    problem = subject.problem
-    try:
-        if problem.batched and problem.random_state is None:
-            index = torch.tensor([n], device=u.device)
-            try:
-                return _cloud(subject, [(part(problem, index), 0), (part(problem, index.repeat(COPIES)), 0)], u, entries, tolerance)
-            except Exception:  # f refuses so small a batch
-                pass
-        return _cloud(subject, [(problem, n)], u, entries, tolerance)
-    except Exception:
-        subject.report.note(f"{subject.problem.name} does not run on other tensors, so kinks cannot be told from faults")
-        return None
-
-
-def _cloud(
-    subject: Subject, hosts: Sequence[tuple[Problem, int]], u: Tensor, entries: Mapping[str, Tensor], tolerance: Tolerance
-) -> Cloud:
-    """`hosts`: problems that hold the sample, with its place in each; they take turns."""
-    values: list[Tensor] = []
-    gradients: dict[str, list[Tensor]] = {name: [] for name in entries}
-
-    def shaken(tensor: Tensor) -> Tensor:
-        tensor = usable(tensor).detach()
-        if not tensor.is_floating_point():
-            return tensor
-        return tensor + tensor * subject.draws.normal(tensor.shape, tensor) * (SHAKE * max(tolerance.eps, torch.finfo(tensor.dtype).eps))
-
-    for member in range(MEMBERS):
-        problem, at = hosts[member % len(hosts)]
-        targets = [t for t in problem.targets if t.name in entries]
-        tensors = {t.name: shaken(t.tensor).requires_grad_() for t in problem.targets}
-        with drawn_from(problem.random_state, problem.targets[0].tensor.device):
-            out = problem(tensors, [shaken(tensor) for tensor in problem.given]).reshape(problem.size, -1)[at]
-        values.append(out.detach())
-        wanted = [tensors[t.name] for t in targets if out.requires_grad]
-        found = torch.autograd.grad(out, wanted, u.to(out), allow_unused=True) if wanted else [None] * len(targets)
-        for target, gradient in zip(targets, found, strict=True):
-            full = torch.zeros_like(tensors[target.name]) if gradient is None else gradient
-            own = full.select(problem.dim_of(target), at) if target.kind == "input" and problem.batched else full
-            gradients[target.name].append(own.reshape(-1)[entries[target.name]])
-    return Cloud(torch.stack(values), {name: torch.stack(parts) for name, parts in gradients.items()})
-
-
-def belongs(x: Tensor, members: Tensor, floor: float) -> bool:
-    """Whether x (p,) could be one of the members (D, p): within `floor` of one, or no farther from them than they are from each other.
-
-    No farther from its nearest than members are (on a kink they are in groups, and x must be in one of them; a member that
-    stands alone does not make others welcome), or no farther on average (numbers that cancel have few digits, and coincide).
-    """
-    to_x = distance(members, x, samples=True).sort().values.tolist()
-    if to_x[0] <= floor:
-        return True
-    among = torch.stack([distance(members, member, samples=True) for member in members]).sort(1).values  # (D, D), zeros first
-    nearest, average = among[:, 1].sort().values.tolist(), (among.sum(1) / (len(members) - 1)).sort().values.tolist()
-    return bool(to_x[0] <= NEAR * nearest[-3] or sum(to_x) / len(to_x) <= FAR * average[len(average) // 2])
 
 
 def settle(identities: Identities, failing: dict[Key, Gap], check: str = "") -> None:

@@ -7,10 +7,11 @@ import torch
 from .._reference import part
 from .._typing import Tensor
 from .call import call
+from .cloud import SHAKE, belongs, cloud
 from .identities import unravel
 from .independence import mixing
 from .report import Row, Where
-from .second_look import SHAKE, SUSPECTS, belongs, cloud, coarser
+from .second_look import SUSPECTS, coarser
 from .subject import Subject
 from .tolerance import Tolerance, apart, distance, over, size, typical
 

@@ -197,10 +197,12 @@ def residual(dtype: torch.dtype, device: torch.device) -> Call:
     net = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).to(device, dtype)
 
     def u(x: Tensor) -> Tensor:
-        return net(x.reshape(1, 1)).squeeze()
+        value: Tensor = net(x.reshape(1, 1)).squeeze()
+        return value
 
     def f(x: Tensor) -> Tensor:
-        return vmap(grad(grad(u)))(x.squeeze(1)) + x.squeeze(1).sin()
+        u_xx: Tensor = vmap(grad(grad(u)))(x.squeeze(1))
+        return u_xx + x.squeeze(1).sin()
 
     return Call(f, (moved(torch.randn(N, 1), dtype, device),), dict(net.named_parameters()), {"params": net})
 

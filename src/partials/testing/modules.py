@@ -54,7 +54,8 @@ class Tied(nn.Module):
         self.head.weight = self.table.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.table(tokens).mean(1).tanh())
+        out: Tensor = self.head(self.table(tokens).mean(1).tanh())
+        return out
 
 
 class Bag(nn.Module):
@@ -68,7 +69,8 @@ class Bag(nn.Module):
             self.table.weight.normal_()  # the padding row too, so that it is its derivative that is zero
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.table(tokens).mean(1))
+        out: Tensor = self.head(self.table(tokens).mean(1))
+        return out
 
 
 class Last(nn.Module):
@@ -79,7 +81,8 @@ class Last(nn.Module):
         self.recurrent = recurrent
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.recurrent(x)[0][:, -1]
+        out: Tensor = self.recurrent(x)[0][:, -1]
+        return out
 
 
 class LowRank(nn.Module):
