@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -76,13 +77,19 @@ class Block(ABC):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """sum_n w[n] J[n, c]: (N,) -> (C, *shape)."""
-        c = self.rows[1]
-        return (weights.to(self._flat().dtype) @ self._flat().flatten(1)).reshape(c, *self.shape)
+        found = self._summed(lambda block, w: torch.tensordot(w.to(block._flat().dtype), block._flat(), 1), weights)
+        return found.reshape(self.rows[1], *self.shape)
 
     def products(self, other: Block, weights: Tensor) -> Tensor:
         """sum_n w[n] J[n, c] * K[n, c], entry by entry: (C, *shape)."""
-        flat = self._flat() * other._flat() * weights[:, None, None]
-        return flat.sum(0).reshape(flat.shape[1], *self.shape)
+        found = self._summed(lambda block, w, its: (block._flat() * its._flat() * w[:, None, None]).sum(0), weights, other)
+        return found.reshape(self.rows[1], *self.shape)
+
+    def scatter(self, mean: Tensor) -> Tensor:
+        """sum_n (J[n, c] - mean[c])^2, shifted before it is squared so that nothing cancels: (C, *shape)."""
+        flat = mean.reshape(self.rows[1], -1)
+        found = self._summed(lambda block, _: (block._flat() - flat).square().sum(0), flat.new_zeros(self.rows[0]))
+        return found.reshape(self.rows[1], *self.shape)
 
     def scaled(self, weights: Tensor) -> Block:
         """The block of w[n, c] J[n, c]."""
@@ -96,10 +103,22 @@ class Block(ABC):
         """(N, C, p)."""
         return self.dense().reshape(*self.rows, size_of(self.shape))
 
+    def _summed(self, function: Callable[..., Tensor], weights: Tensor, *others: Block) -> Tensor:
+        """The sum over samples of `function`, of a few samples at a time; `weights` are cut along."""
+        n = self.rows[0]
+        step = self._samples_at_once()
+        if n <= step:
+            return function(self, weights, *others)
+        pieces = torch.arange(n).split(step)
+        parts = (function(self.select(p), weights[p.to(weights.device)], *(other.select(p) for other in others)) for p in pieces)
+        return reduce(torch.add, parts)
+
+    def _samples_at_once(self) -> int:
+        return max(1, ROOM // max(1, 8 * self.rows[1] * size_of(self.shape)))
+
     def _by_samples(self, function: Callable[..., Tensor], *others: Block) -> Tensor:
         """`function` of the blocks of a few samples at a time, so that formed rows stay below `ROOM` bytes."""
-        n, c = self.rows
-        step = max(1, ROOM // max(1, 8 * c * size_of(self.shape)))
+        n, step = self.rows[0], self._samples_at_once()
         if n <= step:
             return function(self, *others)
         pieces = torch.arange(n).split(step)

@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from ._blocks import ROOM, Block
 from ._factors import Outer
 from ._typing import Shape, Tensor
+
+CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+GRADIENT: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +50,33 @@ class Conv(Block):
         return self.a.nbytes + self.g.nbytes
 
     def matmul(self, v: Tensor) -> Tensor:
-        return self._by_outer(lambda block: block.matmul(v))
+        """J v: the convolution with v, met with the cotangent."""
+        x, g = self._padded().flatten(0, 1), self.g.flatten(2)
+        columns = []
+        for weight in v.to(x.dtype).unbind(-1):
+            z = CONV[len(self.stride)](x, weight, None, self.stride, 0, self.dilation, self.groups)
+            columns.append(g @ z.unflatten(0, self.a.shape[:2]).flatten(1).unsqueeze(-1))
+        return torch.cat(columns, -1) if columns else g.new_zeros(*self.rows, 0)
 
     def rmatmul(self, u: Tensor) -> Tensor:
-        step = self._step()
-        starts = range(0, max(1, len(self.g)), step)
-        found = [self._at(slice(s, s + step)).outer().rmatmul(u[s : s + step]) for s in starts]
-        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+        """J^T u: the convolution's own weight gradient, of the cotangent that u weighs."""
+        columns = [self._weight_gradient(column) for column in u.to(self.g.dtype).unbind(-1)]
+        return torch.stack(columns, -1) if columns else u.new_zeros(*self.shape, 0)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        outputs = self.rows[1]
+        seeds = weights.to(self.g.dtype)[:, None, None] * torch.eye(outputs, dtype=self.g.dtype, device=self.g.device)
+        return self.rmatmul(seeds).movedim(-1, 0)
+
+    def _weight_gradient(self, u: Tensor) -> Tensor:
+        g = torch.einsum("nc,nc...->n...", u, self.g).flatten(0, 1)
+        if not len(g):
+            return g.new_zeros(self.shape)
+        return GRADIENT[len(self.stride)](self._padded().flatten(0, 1), self.shape, g, self.stride, 0, self.dilation, self.groups)
+
+    def _padded(self) -> Tensor:
+        pads = [p for pair in reversed(self.padding) for p in pair]
+        return F.pad(self.a, pads) if any(pads) else self.a
 
     def squared_norms(self) -> Tensor:
         return self._by_outer(lambda block: block.squared_norms())
@@ -85,8 +109,7 @@ class Conv(Block):
 
     def _patches(self) -> Tensor:
         """(N, frames, I, *space', *kernel): a strided view of the padded input."""
-        pads = [p for pair in reversed(self.padding) for p in pair]
-        x = F.pad(self.a, pads) if any(pads) else self.a
+        x = self._padded()
         for d, (size, step, gap) in enumerate(zip(self.shape[2:], self.stride, self.dilation, strict=True)):
             x = x.unfold(3 + d, gap * (size - 1) + 1, step)[..., ::gap]
         cut = tuple(slice(0, size) for size in self.g.shape[4:])

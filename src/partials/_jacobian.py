@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import _algebra
-from ._blocks import size_of
+from ._blocks import Dense, size_of
 from ._errors import InputError, MemoryBudgetError, listed
 from ._input_jacobian import InputJacobian
 from ._plan import human_bytes
@@ -95,12 +95,9 @@ class Jacobian(AbstractJacobian):
         """The variance of every entry over samples, divided by N - correction: (*out, P)."""
         n = len(self)
         with self._reading():
-            ones, mean = self._ones(), self.mean()
-            shift = self.columns.split(mean.reshape(-1, self.columns.width), 1)
+            shift = self.columns.split(self.mean().reshape(-1, self.columns.width), 1)
             squares = {
-                name: _algebra.sum_of([_centred(block, shift[name] / len(group)) for block in group])
-                if len(group) == 1
-                else ((_algebra.rows(group) - shift[name]).square() * ones.reshape(-1, *(1,) * shift[name].ndim)).sum(0)
+                name: (group[0] if len(group) == 1 else Dense(_algebra.rows(group))).scatter(shift[name])
                 for name, group in self.blocks.items()
             }
             return self.columns.join(squares, 1).reshape(*self.out, self.columns.width) / max(n - correction, 0)
@@ -262,9 +259,3 @@ def _same_columns(jacobians: Sequence[Jacobian]) -> None:
         if dict(J.columns.shapes) != dict(first):
             got, expected = (listed(f"{name} {shape}" for name, shape in shapes.items()) for shapes in (J.columns.shapes, first))
             raise InputError("the Jacobians have different parameters", got=got, expected=expected)
-
-
-def _centred(block: Any, mean: Tensor) -> Tensor:
-    """sum_n (J[n] - mean)^2 of one block: shifted before squaring, so that nothing cancels. (C, *shape)."""
-    squares: Tensor = (block.dense() - mean).square().sum(0)
-    return squares
