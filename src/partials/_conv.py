@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +37,22 @@ class Conv(Block):
         return self.g.shape[0], self.g.shape[1]
 
     def dense(self) -> Tensor:
-        return self._by_outer(lambda block: block.dense())
-
-    def write(self, out: Tensor, *, add: bool = False) -> None:
-        step = self._step()
-        for start in range(0, len(out), step):
-            self._at(slice(start, start + step)).outer().write(out[start : start + step], add=add)
+        """The rows, one product for each offset of the kernel: no patches are unfolded."""
+        n, c, frames, o = self.g.shape[:4]
+        groups, space = self.groups, self.g.shape[4:]
+        g = self.g.unflatten(3, (groups, o // groups)).movedim(3, 1).movedim(3, 4).flatten(5)  # (N, groups, C, O/groups, frames, L)
+        g = g.reshape(n, groups, c * (o // groups), frames * space.numel())
+        x, rows = self._padded(), []
+        for offset in product(*map(range, self.shape[2:])):
+            cuts = tuple(
+                slice(k * gap, k * gap + step * (size - 1) + 1, step)
+                for k, gap, step, size in zip(offset, self.dilation, self.stride, space, strict=True)
+            )
+            seen = x[(slice(None), slice(None), slice(None), *cuts)].flatten(3)  # (N, frames, I, L)
+            seen = seen.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).reshape(n, groups, frames * space.numel(), self.shape[1])
+            rows.append(g @ seen)
+        found = torch.stack(rows, -1).unflatten(2, (c, o // groups))  # (N, groups, C, O/groups, I/groups, kernel)
+        return found.movedim(2, 1).reshape(n, c, *self.shape)
 
     def select(self, index: Tensor) -> Block:
         return replace(self, a=self.a.index_select(0, index), g=self.g.index_select(0, index))
@@ -79,7 +90,11 @@ class Conv(Block):
         return F.pad(self.a, pads) if any(pads) else self.a
 
     def squared_norms(self) -> Tensor:
-        return self._by_outer(lambda block: block.squared_norms())
+        positions, patch = self.g.shape[2] * self.g.shape[4:].numel(), torch.Size(self.shape[1:]).numel()
+        features = self.rows[1] * self.shape[0] // self.groups
+        if positions * (patch + features) < features * patch:  # (few positions: pairs of them cost less than rows)
+            return self._by_outer(lambda block: block.squared_norms())
+        return super().squared_norms()
 
     def inner(self, other: Block) -> Tensor:
         if not isinstance(other, Conv):

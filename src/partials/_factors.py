@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias, TypeGuard, final
 import torch
 
 from ._blocks import Block
-from ._gather import Gather, across, budget, cat, contracted, each, folded, in_chunks, in_tiles, lookup, own, widest
+from ._gather import Gather, across, budget, cat, contracted, each, folded, in_chunks, in_tiles, lookup, mix, own, widest
 from ._products import rows_by_rows
 from ._typing import Shape, Tensor
 
@@ -123,6 +123,29 @@ class Outer(Block):
         if t * s * groups == 1:
             return across(left.g, right.g) * rows_by_rows(left.a[:, 0, 0], right.a[:, 0, 0])[:, None, :, None]
         return _gram(left, right)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        a = self.a * weights.to(self.a.dtype)[:, None, None, None]
+        return torch.einsum(f"nctgo,ntgi->cg{self.layout}", self.g, a).reshape(self.rows[1], *self.shape)
+
+    def products(self, other: Block, weights: Tensor) -> Tensor:
+        if isinstance(other, Gather):
+            return other.products(self, weights)
+        if not self._fits(other):
+            return super().products(other, weights)
+        left, right = _widened(self, other)
+        if 1 in (left.a.shape[1], right.a.shape[1]):  # (g (x) a) * (h (x) b) = (g * h) (x) (a * b)
+            return replace(left, a=left.a * right.a, g=left.g * right.g).weighted_sum(weights)
+        weights = weights.to(left.g.dtype)[:, None, None, None, None]
+        chunks = in_chunks(len(left.g), 3 * left._sample_bytes, left.g)
+        parts = ((left._at(s)._formed() * right._at(s)._formed() * weights[s]).sum(0) for s in chunks)
+        return reduce(torch.add, parts).reshape(left.rows[1], *self.shape)
+
+    def scaled(self, weights: Tensor) -> Outer:
+        return replace(self, g=self.g * weights.to(self.g.dtype)[:, :, None, None, None])
+
+    def mixed(self, matrix: Tensor) -> Outer:
+        return replace(self, g=mix(matrix, self.g))
 
     @property
     def _stored(self) -> Shape:

@@ -15,7 +15,7 @@ from typing import final
 import torch
 from torch.nn.functional import embedding, pad
 
-from ._blocks import Block
+from ._blocks import Block, Dense, size_of
 from ._products import rows_by_rows
 from ._typing import Shape, Tensor
 
@@ -94,6 +94,22 @@ class Gather(Block):
             return _gram_by_pairs(self, other)
         return _gram_by_rows(self, other, 1 if alone < together else n)
 
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        (index, g), (c, v) = self._kept(), (self.rows[1], self.shape[0])
+        place = torch.arange(c, device=g.device).view(c, 1) * v + index.unsqueeze(1)  # (N, C, T), in C tables one after the other
+        return _summed(g * weights.to(g.dtype)[:, None, None, None], place, c * v).view(c, *self.shape)
+
+    def products(self, other: Block, weights: Tensor) -> Tensor:
+        keys, sums = self._sums()
+        index = keys[:, :-1]
+        return replace(self, index=index, g=sums[:, :, :-1] * lookup(other)(index)).weighted_sum(weights)
+
+    def scaled(self, weights: Tensor) -> Gather:
+        return replace(self, g=self.g * weights.to(self.g.dtype)[:, :, None, None])
+
+    def mixed(self, matrix: Tensor) -> Gather:
+        return replace(self, g=mix(matrix, self.g))
+
     def _at(self, samples: slice) -> Gather:
         return replace(self, index=self.index[samples], g=self.g[samples])
 
@@ -117,8 +133,19 @@ class Gather(Block):
 @singledispatch
 def lookup(block: Block) -> Callable[[Tensor], Tensor]:
     """From indices of parameter rows, (N, S), each sample's own, to the block's rows J[n, c][index[n, s]], (N, C, S, E)."""
-    rows = block.dense()
-    return lambda index: rows.gather(2, index[:, None, :, None].expand(*rows.shape[:2], -1, rows.shape[3]))
+
+    def rows_at(index: Tensor) -> Tensor:
+        n, c = block.rows
+        chunks = in_chunks(n, 8 * c * size_of(block.shape), index)
+        parts = ((block.select(torch.arange(s.start, s.stop, device=index.device)).dense(), index[s]) for s in chunks)
+        return cat([_picked(rows, its) for rows, its in parts])
+
+    return rows_at
+
+
+@lookup.register
+def _(block: Dense) -> Callable[[Tensor], Tensor]:
+    return lambda index: _picked(block.values, index)
 
 
 @lookup.register
@@ -133,6 +160,11 @@ def _(block: Gather) -> Callable[[Tensor], Tensor]:
         return rows.view(n, c, index.shape[1], e)
 
     return rows_at
+
+
+def _picked(rows: Tensor, index: Tensor) -> Tensor:
+    """(N, C, V, E) at (N, S): (N, C, S, E)."""
+    return rows.gather(2, index[:, None, :, None].expand(*rows.shape[:2], -1, rows.shape[3]))
 
 
 def _gram_by_pairs(left: Gather, right: Gather) -> Tensor:
@@ -246,6 +278,11 @@ def folded(g: Tensor, u: Tensor) -> Tensor:
     if g.shape[1] == 1:
         return (g * u).squeeze(1).unsqueeze(-1)
     return cat([(g[s] * u[s]).sum(1) for s in in_chunks(len(g), g[:1].nbytes, g)]).unsqueeze(-1)
+
+
+def mix(matrix: Tensor, g: Tensor) -> Tensor:
+    """(N, C', C) with (N, C, ...) to (N, C', ...)."""
+    return (matrix.to(g.dtype) @ g.flatten(2)).view(matrix.shape[:2] + g.shape[2:])
 
 
 def widest(*tensors: Tensor) -> list[Tensor]:

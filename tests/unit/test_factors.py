@@ -107,6 +107,10 @@ def test_rows_and_products_with_matrices(block: Block, k: int, size: int | None)
         close(block.squared_norms(), rows.square().sum(-1))
         close(block.gram(block), torch.einsum("ncp,mdp->ncmd", rows, rows))
         close(block.own_gram(block), torch.einsum("ncp,ndp->ncd", rows, rows))
+        weights, matrix = randn(*block.rows), randn(block.rows[0], 3, block.rows[1])
+        close(block.weighted_sum(weights[:, 0]), torch.einsum("ncp,n->cp", rows, weights[:, 0]).view(-1, *shape))
+        close(reference(block.scaled(weights)), rows * weights.unsqueeze(-1))
+        close(reference(block.mixed(matrix)), matrix @ rows)
     for shape_of in (block.dense().shape[2:], block.rmatmul(u).shape[:-1]):
         assert shape_of == torch.Size(shape)
     assert block.nbytes() == sum(x.numel() * x.element_size() for x in vars(block).values() if isinstance(x, Tensor))
@@ -117,9 +121,10 @@ def test_products_of_two_blocks(
     one: str, two: str, shape: tuple[int, int], n: int, m: int, c: int, d: int, t: int, s: int, size: int | None
 ) -> None:
     left, same, own, any_ = make(one, shape, n, c, t), make(two, shape, n, c, s), make(two, shape, n, d, s), make(two, shape, m, d, s)
-    rows = reference(left)
+    rows, weights = reference(left), randn(n)
     with budget_of(size):
         close(left.inner(same), (rows * reference(same)).sum(-1))
+        close(left.products(same, weights).flatten(1), torch.einsum("n,ncp,ncp->cp", weights, rows, reference(same)))
         close(left.own_gram(own), torch.einsum("ncp,ndp->ncd", rows, reference(own)))
         close(left.gram(any_), torch.einsum("ncp,mdp->ncmd", rows, reference(any_)))
 
@@ -228,6 +233,11 @@ QUANTITIES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "dense": (lambda x, y, v, u: x.dense().flatten(2), lambda x, y, v, u: x),
     "matmul": (lambda x, y, v, u: x.matmul(v), lambda x, y, v, u: x @ v.flatten(0, 1)),
     "rmatmul": (lambda x, y, v, u: x.rmatmul(u).flatten(0, 1), lambda x, y, v, u: torch.einsum("ncp,nck->pk", x, u)),
+    "weighted_sum": (lambda x, y, v, u: x.weighted_sum(u[:, 0, 0]).flatten(1), lambda x, y, v, u: torch.einsum("ncp,n->cp", x, u[:, 0, 0])),
+    "products": (
+        lambda x, y, v, u: x.products(y, u[:, 0, 0]).flatten(1),
+        lambda x, y, v, u: torch.einsum("ncp,ncp,n->cp", x, y, u[:, 0, 0]),
+    ),
     "squared_norms": (lambda x, y, v, u: x.squared_norms(), lambda x, y, v, u: x.square().sum(-1)),
     "inner": (lambda x, y, v, u: x.inner(y), lambda x, y, v, u: (x * y).sum(-1)),
     "own_gram": (lambda x, y, v, u: x.own_gram(y), lambda x, y, v, u: torch.einsum("ncp,ndp->ncd", x, y)),
@@ -295,7 +305,8 @@ def test_half_precision_is_summed_in_float32(one: str, t: int, dtype: torch.dtyp
                 assert not left._fits(right)  # rows of another structure: whatever the rows' own dtype gives
     assert left.squared_norms().dtype == torch.float32
     torch.testing.assert_close(left.squared_norms().double(), wide(left).squared_norms(), rtol=1e-5, atol=0)
-    for got in (left.dense(), left.matmul(randn(4, 3, 2)), left.rmatmul(randn(3, 2, 2))):
+    kept = left.scaled(randn(3, 2)).mixed(randn(3, 2, 2))
+    for got in (kept.dense(), kept.matmul(randn(4, 3, 2)), kept.rmatmul(randn(3, 2, 2)), kept.weighted_sum(randn(3))):
         assert got.dtype == dtype
 
 

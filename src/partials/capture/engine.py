@@ -114,6 +114,8 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     for target, g in zip(problem.inputs, found[len(edges) :], strict=True):
         blocks[target.name] = (_input_block(problem, target, g, outputs),)
     notes = [f"no rule, expanded: {listed(sorted(set(trace.expanded)))}"] if trace.expanded else []
+    if not values.requires_grad:
+        notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
     sources = tuple((f"an input of {use.operation}", t, t._version) for use in trace.uses for t, _ in use.saved)
     return Computed(
         values if problem.create_graph else values.detach(), blocks, notes, whole, sources, described(trace, wanted, measured, runner)

@@ -237,3 +237,10 @@ def test_nothing_is_left_behind_after_an_exception():
     assert torch.overrides.has_torch_function((torch.zeros(1),)) is False
     assert {k: (v, v._version) for k, v in model.state_dict(keep_vars=True).items()} == before
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_output_without_a_graph_is_said():
+    layer = nn.Linear(4, 3).double()
+    J = pt.jacobian(lambda x: layer(x).detach(), x(), params=layer)
+    assert not J.dense().any()
+    assert any("carries no graph" in note for note in J.plan.notes)
