@@ -76,21 +76,6 @@ class Outer(Block):
             return reduce(torch.add, parts).view(*self.shape, k)
         return cat([self._pulled(u[..., columns]) for columns in self._columns(k)], -1).reshape(*self.shape, k)
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        g = self.g * weights.to(self.g.dtype).reshape(-1, *(1,) * (self.g.ndim - 1))
-        return torch.einsum(f"nctgo,ntgi->cg{self.layout}", g, self.a).reshape(self.rows[1], *self.shape)
-
-    def products(self, other: Block, weights: Tensor) -> Tensor:
-        if not self._fits(other) or self.a.shape[1] != 1 or other.a.shape[1] != 1:
-            return super().products(other, weights)
-        return replace(self, a=self.a * other.a, g=self.g * other.g).weighted_sum(weights)
-
-    def scaled(self, weights: Tensor) -> Outer:
-        return replace(self, g=self.g * weights.to(self.g.dtype)[..., None, None, None])
-
-    def mixed(self, matrix: Tensor) -> Outer:
-        return replace(self, g=torch.einsum("ndc,nctgo->ndtgo", matrix.to(self.g.dtype), self.g))
-
     def squared_norms(self) -> Tensor:
         return self.inner(self)
 

@@ -68,12 +68,6 @@ class Gather(Block):
         parts = (folded(g, u[..., columns]) for columns in chunks)  # (N, T, E, k)
         return cat([_summed(part.flatten(2), index, self.shape[0]).view(*self.shape, -1) for part in parts], -1)
 
-    def scaled(self, weights: Tensor) -> Gather:
-        return replace(self, g=self.g * weights.to(self.g.dtype)[..., None, None])
-
-    def mixed(self, matrix: Tensor) -> Gather:
-        return replace(self, g=torch.einsum("ndc,ncte->ndte", matrix.to(self.g.dtype), self.g))
-
     def squared_norms(self) -> Tensor:
         chunks = in_chunks(len(self.g), 2 * self.g[:1].nbytes, self.g)
         return cat([self._at(s)._sums()[1].square().sum((2, 3)) for s in chunks])

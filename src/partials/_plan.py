@@ -124,8 +124,10 @@ class Plan:
             else:
                 lines.append(_row(mark, v.method, str(v.cost.passes), human_bytes(v.cost.bytes), human_time(v.cost.seconds), v.reason))
         if self.uses:
-            lines.append(_use_row("parameter", "operation", "rule", "layout", "norms by", "bytes"))
-            lines += [_use_row(u.parameter, u.operation, u.rule, u.layout, u.formula, human_bytes(u.bytes)) for u in self.uses]
+            rows = [("parameter", "operation", "rule", "layout", "norms by", "bytes")]
+            rows += [(u.parameter, u.operation, u.rule, u.layout, u.formula, human_bytes(u.bytes)) for u in self.uses]
+            widths = [max(len(row[column]) for row in rows) for column in range(6)]
+            lines += ["    " + "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.chunk is not None:
             lines.append(f"  in chunks of {self.chunk}")
         lines += [f"  note: {note}" for note in self.notes]
@@ -229,10 +231,6 @@ def human_time(seconds: float) -> str:
 
 def _row(mark: str, method: str, passes: str, memory: str, time: str, why: str) -> str:
     return f"{mark:<2}{method:<10}{passes:>8}  {memory:>10}  {time:>10}  {why}".rstrip()
-
-
-def _use_row(parameter: str, operation: str, rule: str, layout: str, formula: str, size: str) -> str:
-    return f"    {parameter:<28}{operation:<16}{rule:<12}{layout:<14}{formula:<12}{size:>10}".rstrip()
 
 
 def _counted(number: int, one: str, many: str = "") -> str:

@@ -7,21 +7,26 @@ from math import prod
 
 from .._plan import Use as Line
 from .._typing import Tensor
+from ..rules import ConvPart, GatherPart, OuterPart, Part
 from .layout import Layout
 from .recorder import Trace, Use
 
 
-def described(trace: Trace, wanted: Mapping[str, Tensor], layouts: list[Layout] | None = None, runner: str = "native") -> tuple[Line, ...]:
-    """A line for each use; layouts are known only after the reverse passes."""
+def described(
+    trace: Trace, wanted: Mapping[str, Tensor], size: int, layouts: list[Layout] | None = None, runner: str = "native"
+) -> tuple[Line, ...]:
+    """A line for each use of `size` samples; layouts are known only after the reverse passes."""
     names = {id(t): name for name, t in wanted.items()}
-    places = ["measured when run"] * len(trace.uses) if layouts is None else [str(place) for place in layouts]
+    places = ["when run"] * len(trace.uses) if layouts is None else [str(place) for place in layouts]
     return tuple(
         Line(
             parameter=names.get(id(use.part.parameter), "(computed)"),
             operation=use.operation,
             rule="expansion" if use.known_layout else type(use.part).__name__.removesuffix("Part").lower(),
             layout=place if runner == "native" else runner,
+            formula=formula(use.part, prod(use.shape) // max(size, 1)),
             bytes=held(use),
+            flops=2 * prod(use.shape) * (use.part.parameter.numel() // max(features(use.part), 1)),
         )
         for use, place in zip(trace.uses, places, strict=True)
     )
@@ -30,3 +35,26 @@ def described(trace: Trace, wanted: Mapping[str, Tensor], layouts: list[Layout] 
 def held(use: Use) -> int:
     """Bytes of the data that the use keeps and of one cotangent."""
     return sum(t.nbytes for t, _ in use.saved) + prod(use.shape) * use.part.parameter.element_size()
+
+
+def features(part: Part) -> int:
+    """Output features of the operation: entries of its output at one position."""
+    shape = part.parameter.shape
+    if isinstance(part, OuterPart):
+        return shape[-2] if part.order == "oi" else shape[-1] if part.order == "io" else 1
+    if isinstance(part, ConvPart):
+        return shape[0]
+    return shape[1:].numel() if isinstance(part, GatherPart) else part.parameter.numel()
+
+
+def formula(part: Part, entries: int) -> str:
+    """How norms of the block are computed, from the output's entries for one sample: one output's worth decides."""
+    if isinstance(part, GatherPart):
+        return "equal rows"
+    if not isinstance(part, OuterPart | ConvPart):
+        return "rows"
+    o = features(part)
+    i, positions = part.parameter.numel() // max(o, 1), entries // max(o, 1)
+    if positions <= 1:
+        return "|a|^2 |g|^2"
+    return "pairs" if positions * (i + o) < i * o else "rows, freed"

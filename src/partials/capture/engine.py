@@ -118,7 +118,7 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
         notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
     sources = tuple((f"an input of {use.operation}", t, t._version) for use in trace.uses for t, _ in use.saved)
     return Computed(
-        values if problem.create_graph else values.detach(), blocks, notes, whole, sources, described(trace, wanted, measured, runner)
+        values if problem.create_graph else values.detach(), blocks, notes, whole, sources, described(trace, wanted, size, measured, runner)
     )
 
 

@@ -64,7 +64,8 @@ def preview(problem: Problem, facts: Facts) -> Preview:
             within_budget(problem, trace.uses, facts.outputs)
             cost = _cost(problem, facts, sum(held(use) for use in trace.uses))
             return Preview(
-                Verdict("capture", f"{name} run, every use of every parameter in factors", cost), described(trace, wanted, None, name)
+                Verdict("capture", f"{name} run, every use of every parameter in factors", cost),
+                described(trace, wanted, problem.size, None, name),
             )
         except Refused as refused:
             reasons.append(f"{name}: {refused}")
