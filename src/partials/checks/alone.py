@@ -8,18 +8,20 @@ import torch
 
 from .._reference import part
 from .._typing import Tensor
+from .agreement import flat_rows
 from .call import Call, call, in_short
-from .gaps import Gap, Sides
+from .gaps import Gap, Key, Sides, ratio
 from .identities import Identities
 from .second_look import settle
+from .tolerance import distance, size
 from .values import ROUNDED, same_alone
 
-COUNT = 2
-"""Samples that are compared."""
+COUNT, ODD, OUTPUTS = 2, 4, 16
+"""Samples that are compared; samples whose rows are not finite; outputs, where these are compared one by one."""
 
 
 def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
-    """Compare `COUNT` samples, and one of the `odd` ones (whose rows are not finite) if there are any. `own`, `u`: (N, C).
+    """Compare `COUNT` samples, and `ODD` of the `odd` ones, whose rows are not finite. `own`, `u`: (N, C).
 
     Raises
     ------
@@ -35,7 +37,7 @@ def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
         return
     sides = replace(sides, v={})
     error, rounded, worst = 0.0, False, dict[str, Gap]()
-    for n in [*subject.draws.choice(range(problem.size), COUNT), *odd[:1]]:
+    for n in dict.fromkeys([*subject.draws.choice(range(problem.size), COUNT), *odd[:ODD]]):
         found = _apart(sides, n)
         if found is None:
             return
@@ -43,7 +45,7 @@ def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
         found_error, above = same_alone(subject, n, single.values[0], own)
         error, rounded = max(error, found_error), rounded or above
         identities = Identities(sides, single, u[kept] * (torch.arange(len(kept), device=u.device) == 0)[:, None], kept)
-        gaps = identities.gaps()
+        gaps = by_rows(identities, 0) if n in odd else identities.gaps()
         failing = {key: gap for key, gap in gaps.items() if gap.over(subject.tolerance) > 1}
         for (check, name), gap in gaps.items():
             if (check, name) not in failing and gap.error >= worst.get(name, gap).error:
@@ -53,6 +55,24 @@ def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
     subject.row("alone", "values", error, passed=True, remark=ROUNDED if rounded else "")
     for name, gap in worst.items():
         subject.row("alone", name, gap.error, tolerance=subject.tolerance.summing(gap.terms))
+
+
+def by_rows(identities: Identities, n: int) -> dict[Key, Gap]:
+    """Gaps of the call's sample n output by output: in a sum of rows infinities make other NaNs than in the rows themselves."""
+    found: dict[Key, Gap] = {}
+    here = torch.tensor([identities.sample(n)], device=identities.u.device)
+    rows = flat_rows({name: tuple(block.select(here) for block in group) for name, group in identities.sides.subject.blocks.items()})
+    for c in range(min(identities.u.shape[1], OUTPUTS)):
+        seed = torch.zeros_like(identities.u)
+        seed[n, c] = 1
+        own = identities.call.gradients(seed)
+        for target in identities.sides.subject.targets:
+            left = rows[target.name][0, c]
+            right = (own[target.name][n] if target.kind == "input" else own[target.name]).reshape(-1)
+            error = ratio(distance(left, right), size(right.nan_to_num(0, 0, 0)))
+            if error >= found.get(("backward", target.name), Gap(0.0, 1)).error:
+                found["backward", target.name] = Gap(error, 1)
+    return found
 
 
 def _apart(sides: Sides, n: int) -> tuple[Call, list[int]] | None:

@@ -22,7 +22,7 @@ from .._typing import Tensor
 from .subject import Subject
 from .tolerance import Tolerance, distance, size
 
-MEMBERS, SHAKE = 16, 8
+MEMBERS, SHAKE = 16, 2
 """Members of a cloud; how far inputs and parameters move, in eps."""
 COPIES = 8
 """Samples in every other member's batch, all the same one: another batch size has other kernels, which round otherwise."""
@@ -54,9 +54,7 @@ def cloud(subject: Subject, n: int, u: Tensor, entries: Mapping[str, Tensor], to
         return None
 
 
-def _cloud(
-    subject: Subject, hosts: Sequence[tuple[Problem, int]], u: Tensor, entries: Mapping[str, Tensor], tolerance: Tolerance
-) -> Cloud:
+def _cloud(subject: Subject, hosts: Sequence[tuple[Problem, int]], u: Tensor, entries: Mapping[str, Tensor], tolerance: Tolerance) -> Cloud:
     """`hosts`: problems that hold the sample, with its place in each; they take turns."""
     values: list[Tensor] = []
     gradients: dict[str, list[Tensor]] = {name: [] for name in entries}
@@ -83,18 +81,18 @@ def _cloud(
     return Cloud(torch.stack(values), {name: torch.stack(parts) for name, parts in gradients.items()})
 
 
-def belongs(x: Tensor, members: Tensor, floor: float) -> bool:
+def belongs(x: Tensor, members: Tensor, floor: float, *, coarsest: float = 0.1) -> bool:
     """Whether x (p,) could be one of the members (D, p): as near to one group of them as they are to each other, or within `floor`.
 
     On a kink the members are in groups, and x must be in one of them. Where terms cancel, numbers have few digits and coincide:
-    then their grain, the smallest difference that occurs, is what they are apart.
+    then their grain, the smallest difference that occurs, is what they are apart; but no more than `coarsest` of their size.
     """
     to_x = distance(members, x, samples=True)
     if float(to_x.min()) <= floor:
         return True
     apart = torch.stack([distance(members, member, samples=True) for member in members])  # (D, D)
     grain = float(torch.where(apart > 0, apart, torch.inf).min())
-    grain = grain if grain <= 0.1 * float(size(members, samples=True).max()) else 0.0
+    grain = grain if grain <= coarsest * float(size(members, samples=True).max()) else 0.0
     neighbour = float(apart.sort(1).values[:, 1].median())
     groups = _groups(apart <= LINK * max(neighbour, grain))
     spreads = [float(apart[group][:, group].sum()) / (len(group) * (len(group) - 1)) for group in groups if len(group) > 1]

@@ -13,7 +13,7 @@ from .._problem import Problem
 from .._reference import part
 from .._typing import Tensor
 from ..methods import METHODS
-from .agreement import Rows, agree, flat_rows
+from .agreement import Beside, Rows, agree, flat_rows
 from .differences import differences
 from .oracles import blocks_by
 from .subject import Subject
@@ -42,7 +42,7 @@ def _repeat(subject: Subject, rows: Rows) -> None:
     if again is None:
         return
     second = flat_rows(again)
-    agree(subject, "repeat", second, rows)
+    agree(subject, "repeat", second, Beside(rows))
     same = all(not bool(apart(second[t.name], rows[t.name]).any()) for t in subject.targets)
     others = "other rows in their last bits: f, or torch, is not deterministic here"
     subject.report.note(f"a second run gave {'the same rows bit for bit' if same else others}")
@@ -54,11 +54,11 @@ def _regrouped(subject: Subject, rows: Rows) -> None:
     order = subject.draws.permutation(problem.size).to(device)
     blocks = _blocks(subject, part(problem, order), subject.method)
     if blocks is not None:
-        agree(subject, "permuted", flat_rows(blocks), {name: found[order] for name, found in rows.items()}, order)
+        agree(subject, "permuted", flat_rows(blocks), Beside({name: found[order] for name, found in rows.items()}, order))
     twice = torch.arange(problem.size, device=device).repeat(2)
     blocks = _blocks(subject, part(problem, twice), subject.method)
     if blocks is not None:
-        agree(subject, "doubled", flat_rows(blocks), {name: found[twice] for name, found in rows.items()}, twice)
+        agree(subject, "doubled", flat_rows(blocks), Beside({name: found[twice] for name, found in rows.items()}, twice))
 
 
 def _chunks(subject: Subject, rows: Rows) -> None:
@@ -73,7 +73,7 @@ def _chunks(subject: Subject, rows: Rows) -> None:
         except PartialsError as error:
             subject.report.note(f"vmap in chunks of {chunk} refused: {error.what}")
             return
-        agree(subject, f"chunk {chunk or problem.size}", found, rows)
+        agree(subject, f"chunk {chunk or problem.size}", found, Beside(rows))
 
 
 def _blocks(subject: Subject, problem: Problem, method: str) -> dict[str, tuple[Block, ...]] | None:

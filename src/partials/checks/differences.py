@@ -22,6 +22,7 @@ from .._targets import Target
 from .._typing import Tensor
 from .call import in_short
 from .oracles import blocks_by
+from .precision import stops
 from .report import Row, Where
 from .subject import Subject
 from .tolerance import over, size, typical
@@ -80,6 +81,7 @@ def _one(subject: Subject, problem: Problem, f: OfTensors, target: Target, block
         torch.stack([(a - b) / (2 * h) for a, b, h in zip(ahead, behind, STEPS, strict=True)]),
         (ahead[-1] - centre) / STEPS[-1],
         (centre - behind[-1]) / STEPS[-1],
+        stops(problem),
     )
     fan.judge(subject, target.name, expected)
     return fan.fall(expected)
@@ -102,6 +104,8 @@ class _Fan:
     central: Tensor
     right: Tensor
     left: Tensor
+    stopped: str = ""
+    """What stops gradients inside f."""
 
     def judge(self, subject: Subject, name: str, expected: Tensor) -> None:
         """A row: right where the differences converge to it, explained on a kink or where nothing converges, else failed."""
@@ -121,6 +125,10 @@ class _Fan:
         told = [n for n in range(len(errors)) if n not in kinks and n not in lost]
         error = float(errors[told].max()) if told else 0.0
         where = Where(max(wrong, key=lambda n: float(errors[n]))) if wrong else None
+        if wrong and self.stopped:
+            remarks, wrong = [*remarks, f"not judged: f stops gradients ({self.stopped}), which differences see through"], []
+        elif wrong:
+            remarks.append("a derivative inside f (of a custom Function, say) is not that of its values")
         eps = torch.finfo(torch.float64).eps
         subject.report.add(Row("differences", name, error, ALLOWED, REASON, eps, not wrong, where, "; ".join(remarks)))
 

@@ -108,15 +108,16 @@ def gap_of_product(group: tuple[Block, ...], u: Tensor, v: Tensor, scale: Tensor
     return ratio(apart(pushed(group, u, v), (mine * v).sum(dtype=torch.float64)).abs(), scale)
 
 
-def in_double(block: Any) -> Any:
-    """The block with the same factors in float64, without graph; what a pullback goes through keeps its dtype."""
+def in_dtype(block: Any, dtype: torch.dtype) -> Any:
+    """The block with the same factors in another dtype, without graph; what a pullback goes through keeps its own."""
     if isinstance(block, Pullback):
-        return replace(block, inner_block=in_double(block.inner_block))
+        return replace(block, inner_block=in_dtype(block.inner_block, dtype))
     if isinstance(block, Block):
-        return replace(block, **{field.name: in_double(getattr(block, field.name)) for field in fields(block)})  # type: ignore[type-var, arg-type]
+        cast = {field.name: in_dtype(getattr(block, field.name), dtype) for field in fields(block)}  # type: ignore[arg-type]
+        return replace(block, **cast)  # type: ignore[type-var]
     if isinstance(block, tuple) and any(isinstance(part, Block | tuple) for part in block):
-        return tuple(in_double(part) for part in block)
-    return block.detach().double() if isinstance(block, Tensor) and block.is_floating_point() else block
+        return tuple(in_dtype(part, dtype) for part in block)
+    return block.detach().to(dtype) if isinstance(block, Tensor) and block.is_floating_point() else block
 
 
 def ratio(error: Tensor, scale: Tensor) -> float:
@@ -127,5 +128,3 @@ def ratio(error: Tensor, scale: Tensor) -> float:
 def vectors(subject: Subject) -> dict[str, Tensor]:
     """A random vector for each parameter."""
     return {t.name: subject.draws.spread(t.tensor.shape, t.tensor.detach()) for t in subject.targets if t.kind == "parameter"}
-
-

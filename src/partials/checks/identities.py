@@ -102,5 +102,3 @@ def unravel(index: int, shape: Shape) -> Shape:
         index, at = divmod(index, length)
         found.append(at)
     return tuple(reversed(found))
-
-

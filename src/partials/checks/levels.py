@@ -13,7 +13,7 @@ from .._rows import Origin
 from .._run import compute, wrap
 from .._state import rng_kept
 from .._typing import Tensor
-from .alone import alone
+from .alone import alone, by_rows
 from .call import call
 from .deep import deep
 from .gaps import Sides, vectors
@@ -21,12 +21,11 @@ from .identities import Identities
 from .independence import independence
 from .judge import judge
 from .oracles import full
-from .report import Report
+from .report import Report, Where
 from .subject import Subject
 from .values import values
 
 LEVELS = ("quick", "full", "deep")
-ONE = torch.ones(())
 
 
 def inspect(problem: Problem, method: str = "auto", level: str = "quick", jacobian: Any = None) -> Report:
@@ -56,34 +55,52 @@ def inspect(problem: Problem, method: str = "auto", level: str = "quick", jacobi
 
 
 def quick(subject: Subject) -> None:
-    """Independence, values, identities, a few samples alone: about the cost of two training steps."""
+    """Independence, values, identities, a few samples alone: about the cost of four training steps."""
     problem, report = subject.problem, subject.report
     if not problem.size:
         report.note("no samples: nothing to compare")
         return
     squares = subject.squares()
     odd = _odd(subject, squares)
-    apart = problem.randomness in ("same", "different")
-    kept = [n for n in range(problem.size) if n not in odd] if odd and not apart and problem.random_state is None else None
-    whole = kept is None or not kept or not problem.batched
-    own = call(problem if whole else part(problem, torch.tensor(kept, device=subject.values.device)), reading=True)
+    kept = _kept(problem, odd)
+    own = call(problem if kept is None else part(problem, torch.tensor(kept, device=subject.values.device)), reading=True)
     u = subject.draws.gaussian((problem.size, own.out.shape[1]), own.values)
-    local = u if whole else u[kept]
+    local = u if kept is None else u[kept]
     pulled = own.pull(local, [*own.tensors.values(), *(place.at for place in own.places)])
-    count = len(own.tensors)
-    independence(subject, own, local, pulled[count:])
-    if apart:
+    gradients, at_places = pulled[: len(own.tensors)], pulled[len(own.tensors) :]
+    independence(subject, own, local, at_places)
+    if problem.randomness in ("same", "different"):
         report.note(f'randomness="{problem.randomness}": the numbers are not those of an ordinary call, so only independence was compared')
         return
-    everyone = own.values if whole else call(problem).values
+    everyone = own.values if kept is None else call(problem).values
     values(subject, everyone)
     if everyone.shape != subject.values.shape:
         return
+    used = [t.name for t, g in zip(problem.targets, gradients, strict=True) if g is not None]
+    report.zeros += [name for name in used if name in squares and not squares[name].any()]
     sides = Sides(subject, squares, vectors(subject))
-    report.zeros += [t.name for t, g in zip(problem.targets, pulled, strict=False) if g is not None and not squares.get(t.name, ONE).any()]
-    identities = Identities(sides, own, local, None if whole else kept)
-    judge(identities, own.named(pulled[:count]))
+    identities = Identities(sides, own, local, kept)
+    if odd and kept is None:
+        _row_by_row(identities, odd)
+    else:
+        judge(identities, own.named(gradients))
     alone(sides, everyone, u, odd)
+
+
+def _kept(problem: Problem, odd: list[int]) -> list[int] | None:
+    """The samples whose sums are compared; None for all, and where a part of the batch cannot be told from the rest."""
+    if not odd or not problem.batched or problem.random_state is not None or problem.randomness in ("same", "different"):
+        return None
+    return [n for n in range(problem.size) if n not in odd] or None
+
+
+def _row_by_row(identities: Identities, odd: list[int]) -> None:
+    """One sample's rows, where sums over samples would not be finite: of the first sample whose rows are, if there is one."""
+    subject = identities.sides.subject
+    n = next((n for n in range(subject.problem.size) if n not in odd), 0)
+    for (check, name), gap in by_rows(identities, n).items():
+        subject.row(check, name, gap.error, Where(n))
+    subject.report.note(f"sums over samples are not finite: only the rows of sample {n} were compared")
 
 
 def _odd(subject: Subject, squares: dict[str, Tensor]) -> list[int]:

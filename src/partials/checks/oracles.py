@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -10,12 +12,12 @@ from .._blocks import Block
 from .._errors import MixingError, PartialsError
 from .._probe import Facts, look
 from .._problem import Problem
-from .._reference import Reference, reference
+from .._reference import Reference, part, reference
 from .._run import NAMES, compute
 from .._state import drawn_from
 from .._typing import Tensor
 from ..methods import METHODS
-from .agreement import Rows, agree, flat_rows
+from .agreement import Beside, Rows, agree, flat_rows
 from .subject import Subject
 
 TOO_LONG = 20.0
@@ -35,11 +37,21 @@ def full(subject: Subject) -> None:
         report.note("the loop over samples does not run here: methods were not compared")
         return
     report.note(f"the reference is {trusted.words}")
-    agree(subject, "loop", _of(trusted, flat_rows(subject.blocks)), _expected(trusted), trusted.samples)
+    beside = Beside(trusted.rows, trusted.samples, _in_own_dtype(problem, facts, trusted))
+    agree(subject, "loop", _of(trusted, flat_rows(subject.blocks)), beside)
     for name in NAMES:
         found = _by(subject, facts, name)
         if found is not None:
-            agree(subject, f"method {name}", _of(trusted, found), _expected(trusted), trusted.samples)
+            agree(subject, f"method {name}", _of(trusted, found), beside)
+
+
+def _in_own_dtype(problem: Problem, facts: Facts, trusted: Reference) -> Callable[[], Rows] | None:
+    """The rows of the reference's samples by the same loop in f's own dtype, computed when asked for; None where they are the reference."""
+    if all(rows.dtype is problem.dtype for rows in trusted.rows.values()):
+        return None
+    asked = problem if trusted.samples is None else part(problem, trusted.samples)
+    oracle = "loop" if METHODS["loop"].verdict(problem, facts).accepted else "grad"
+    return cache(lambda: flat_rows(blocks_by(asked, oracle)))
 
 
 def _by(subject: Subject, facts: Facts, name: str) -> Rows | None:
@@ -64,10 +76,6 @@ def blocks_by(problem: Problem, name: str) -> dict[str, tuple[Block, ...]]:
     """The blocks of every target by one method, with the random numbers of the first call."""
     with drawn_from(problem.random_state, problem.targets[0].tensor.device):
         return compute(replace(problem, budget=None), name)[0].blocks
-
-
-def _expected(trusted: Reference) -> dict[str, Tensor]:
-    return dict(trusted.rows)
 
 
 def _of(trusted: Reference, rows: Rows) -> dict[str, Tensor]:

@@ -5,12 +5,58 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+import torch.nn.functional as F
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from .._problem import Problem
 from .._signature import walk
 from .._state import drawn_from
 from .tolerance import coarsest, name_of
+
+
+class _Stops(TorchFunctionMode):
+    """Notes the first function that keeps a derivative from autograd where the value depends on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = (resolve_name(func) or getattr(func, "__name__", "")).removeprefix("torch.")
+        tracked = any(tensor.requires_grad for _, tensor in walk((args, kwargs), ""))
+        padding = func is F.embedding and (kwargs.get("padding_idx") is not None or (len(args) > 2 and args[2] is not None))
+        if not self.seen and tracked and (name.rpartition(".")[2] in ("detach", "detach_") or ".data" in name or padding):
+            self.seen = f"{name} with padding_idx" if padding else name
+        if not self.seen and tracked and not torch.is_grad_enabled():
+            self.seen = f"{name} under torch.no_grad"
+        return func(*args, **kwargs)
+
+
+def stops(problem: Problem) -> str:
+    """The first function of f that stops gradients on purpose, or "": central differences see through it, autograd does not.
+
+    A custom Function stops them inside, to give a derivative of its own: then nothing is said.
+    """
+    watch, tensors, given = _Stops(), problem.tensors(fresh=True), problem.given
+    with watch, drawn_from(problem.random_state, problem.targets[0].tensor.device):
+        out = problem(tensors, given)
+    return "" if _custom(out) else watch.seen
+
+
+def _custom(out: torch.Tensor) -> bool:
+    """Whether a custom Function is in the graph of `out`."""
+    stack, seen = [out.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, BackwardCFunction):
+            return True
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+    return False
 
 
 class _Watch(TorchFunctionMode):

@@ -16,7 +16,7 @@ ABOUT = {
     "independence": "derivatives by other samples, which must be zero",
     "values": "J.values against f(*inputs)",
     "backward": "sum u J against one ordinary backward of sum u f",
-    "product": "u.(J v) against the same backward, dotted with v",
+    "product": "u.(J v) against (J.T u).v",
     "alone": "random samples against a batch of one",
     "loop": "this Jacobian against the loop over samples",
     "method": "every method against the loop over samples",

@@ -79,5 +79,3 @@ def _fits(subject: Subject, target: Target) -> bool:
     row = Row("shape", target.name, inf, 0.0, "shapes are equal or not", inf, False, None, f"{got}, expected rows {rows} of shape {shape}")
     subject.report.add(row)
     return False
-
-

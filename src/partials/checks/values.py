@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 
 from .._reference import part
@@ -80,7 +82,7 @@ def _rounding(subject: Subject, n: int, both: tuple[Tensor, Tensor], tolerance: 
     """Whether two values of sample n, which differ, both belong to its cloud."""
     found = cloud(subject, n, own[n], {}, tolerance)
     floor = tolerance.value * float(scale_of(own)[n])
-    return found is not None and all(belongs(x, found.values, floor) for x in both)
+    return found is not None and all(belongs(x, found.values, floor, coarsest=inf) for x in both)
 
 
 def _whose_fault(subject: Subject, n: int, own: Tensor) -> None:

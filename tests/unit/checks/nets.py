@@ -16,8 +16,9 @@ def mlp_relu():
 
 
 def cnn():
-    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 4))
-    return net, (torch.randn(8, 1, 14, 14),)
+    first, second = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 3)
+    pool = nn.MaxPool2d(2)
+    return nn.Sequential(first, nn.ReLU(), pool, second, nn.ReLU(), pool, nn.Flatten(), nn.Linear(32, 4)), (torch.randn(8, 1, 14, 14),)
 
 
 class Block(nn.Module):
