@@ -1,4 +1,4 @@
-"""Every Python block of the documentation runs, each page in a namespace of its own; every page is in the index; Sphinx has no complaint."""
+"""The documentation: every Python block runs, each page in its own namespace; every page is in the index; Sphinx does not complain."""
 
 import re
 import subprocess
