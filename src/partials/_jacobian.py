@@ -202,12 +202,12 @@ class Jacobian(AbstractJacobian):
             the same as that of signs. Every entry is added to one column in each of h = gcd(k, 4) segments: rows are formed a few at a time,
             and the cost is N C P h whatever k is. (Kane and Nelson 2014, "Sparser Johnson-Lindenstrauss transforms", block construction.)
         "kronecker"
-            for each matrix parameter, (d, e) by its first dimension and the rest, A^T X B with Gaussian A (d, k1), B (e, k2), k1 k2 = k as
-            nearly square as k allows: inputs and cotangents are projected before they meet, so that no row is formed. With X, Y the
-            matrices of x, y: (|X'Y|^2 + tr X'YX'Y) / k2 + (|XY'|^2 + tr XY'XY') / k1
-            + (|XY'|^2 + |X'Y|^2 + |X|^2 |Y|^2 + <X,Y>^2) / k, at most (2/k1 + 2/k2 + 4/k) |x|^2 |y|^2, reached by rows of rank one; it is
-            no single projection of P. Vectors as "sparse"; pairs of different parameters p, q add (|x_p|^2 |y_q|^2 + <x_p,y_p> <x_q,y_q>) / k. (Choe et al. 2024,
-            "What is your data worth to GPT?", LoGra.)
+            for each matrix parameter, (d, e) by its first dimension and the rest, A^T X B with random signs A (d, k1), B (e, k2), k1 k2 = k
+            as nearly square as k allows: inputs and cotangents are projected before they meet, and no row is formed. It is no single
+            projection of P, and has more variance: for the matrices X, Y of x, y at most (|X'Y|^2 + tr X'YX'Y) / k2
+            + (|XY'|^2 + tr XY'XY') / k1 + (|XY'|^2 + |X'Y|^2 + |X|^2 |Y|^2 + <X,Y>^2) / k, never above (2/k1 + 2/k2 + 4/k) |x|^2 |y|^2,
+            which rows of rank one come near. Vectors as "sparse"; pairs of different parameters p, q add
+            (|x_p|^2 |y_q|^2 + <x_p,y_p> <x_q,y_q>) / k. (Choe et al. 2024, "What is your data worth to GPT?", section 3, with signs.)
 
         Raises
         ------

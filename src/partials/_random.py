@@ -79,8 +79,8 @@ class Projection:
 
 
 def matrix(seed: int, name: str, rows: int, k: int, like: Tensor) -> Tensor:
-    """A whole Gaussian projection (rows, k), variance 1/k, for a side of a two-sided sketch."""
-    return Projection(key_of(seed, name), k, "gaussian").rows(torch.arange(rows, device=like.device), slice(0, k), like.dtype)
+    """A whole projection of signs (rows, k), variance 1/k, for a side of a two-sided sketch."""
+    return Projection(key_of(seed, name), k, "rademacher").rows(torch.arange(rows, device=like.device), slice(0, k), like.dtype)
 
 
 def _gaussian(bits: Tensor, dtype: torch.dtype) -> Tensor:

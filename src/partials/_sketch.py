@@ -130,17 +130,18 @@ def _destinations(key: int, k: int, entries: Tensor) -> tuple[Tensor, Tensor]:
     wide = k // h
     upper = (bits >> 32).bitwise_and_(2**32 - 1)
     columns = (upper * wide >> 32) + wide * torch.arange(h, device=entries.device)
-    return columns, 2 * (bits & 1) - 1
+    return columns, (2 * (bits & 1) - 1).double()
 
 
 def _poured(rows: Tensor, at: Tensor, signs: Tensor, k: int) -> Tensor:
     """(N, C, p) into the columns (p, h) or (N, p, h): (N, C, k)."""
-    n, c, p = rows.shape
+    (n, c, p), h = rows.shape, at.shape[-1]
+    at, signs = at.expand(n, p, h), (signs * h**-0.5).to(rows.dtype).expand(n, p, h)
     found = rows.new_zeros(n, c, k)
-    for j in range(at.shape[-1]):
-        columns = at[..., j].expand(n, p)[:, None].expand(n, c, p)
-        found = found.scatter_add(2, columns, rows * signs[..., j].expand(n, p)[:, None].to(rows.dtype))
-    return found * at.shape[-1] ** -0.5
+    for s in in_chunks(p, n * c * h * rows.element_size(), rows):
+        values = rows[:, :, s, None] * signs[:, None, s]
+        found = found.scatter_add(2, at[:, None, s].expand(n, c, -1, h).flatten(2), values.flatten(2))
+    return found
 
 
 # Two-sided: a matrix of the parameter's first dimension and the rest is projected from both sides.
@@ -182,8 +183,9 @@ def _(block: Outer, A: Tensor, B: Tensor) -> Tensor:
     A = A.view(groups, o, -1)
 
     def few(s: slice) -> Tensor:
-        left = torch.einsum("nctgo,gox->ncxtg", block.g[s], A)
-        return left.flatten(3) @ (block.a[s] @ B).flatten(1, 2).unsqueeze(1)
+        g = block.g[s]
+        left = (g @ A[0] if groups == 1 else torch.einsum("nctgo,gox->nctgx", g, A)).flatten(2, 3)
+        return left.mT @ (block.a[s] @ B).flatten(1, 2).unsqueeze(1)
 
     each = block.a.shape[1] * groups * (block.rows[1] * A.shape[2] + B.shape[1]) * block.g.element_size()
     return cat([few(s) for s in in_chunks(block.rows[0], each, block.g)])
