@@ -139,9 +139,9 @@ def _layouts(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
     n = problem.size
     if n == 0:
         return [Layout(0)] * len(uses)
-    open_uses = [use for use in uses if not use.known_layout and use.order is None]
+    open_uses = [use for use in uses if use.layout is None]
     if not open_uses:
-        return [Layout(0)] * len(uses)
+        return _spread(uses, [])
     key = key_of(problem, [(use.operation, len(use.shape), tuple(s % n == 0 for s in use.shape)) for use in open_uses])
     remembered = LAYOUTS.get(key)
     if remembered is not None:
@@ -172,7 +172,7 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
             found.append(Layout(0))
             proved = False
             continue
-        layout, sure = layouts.find(one.detach(), two.detach(), weights)
+        layout, sure = layouts.find(*(_canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two)), weights)
         if layout is None:
             raise Refused(f"{use.operation}: no dimension of its output of shape {use.shape} holds {n} samples apart")
         found.append(layout)
@@ -182,11 +182,11 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
 
 def _spread(uses: list[Use], found: list[Layout]) -> list[Layout]:
     rest = iter(found)
-    return [Layout(0) if use.known_layout or use.order is not None else next(rest) for use in uses]
+    return [next(rest) if use.layout is None else use.layout for use in uses]
 
 
 def _canonical(use: Use, g: Tensor) -> Tensor:
-    """(C, *edge shape) with the samples' dimension brought to the front in a vmapped run."""
+    """(C, *edge shape) with mapped dimensions in front, as the block sees it: (C, *use.shape)."""
     if use.order is None:
         return g
     g = g.permute(0, *(1 + d for d in use.order))
