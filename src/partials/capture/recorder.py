@@ -21,7 +21,7 @@ from .. import _compat
 from .._graph import reached
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
-from ..rules import ELEMENTWISE, RULES, Declined, ExpandedPart, NoRule, Part
+from ..rules import ELEMENTWISE, REWRITES, RULES, Declined, ExpandedPart, NoRule, Part
 from .layout import Layout
 
 EXPANDS = {
@@ -157,6 +157,14 @@ class Recorder(TorchFunctionMode):
         if func in ELEMENTWISE and not expandable:
             shape = broadcast([t.shape for t in tensors])
             return self._with_expanded(func, args, kwargs, parameters, lambda p: p.expand(shape) if p.shape != shape else p.view_as(p))
+        if func in REWRITES:
+            try:
+                with self:
+                    return REWRITES[func](self.depends, *args, **kwargs)
+            except NoRule as declined:
+                if not expandable:
+                    raise Refused(f"{label(func)}: {declined}") from None
+                return self._by_expansion(func, args, kwargs, parameters)
         body = _compat.body_of(func) if isinstance(func, FunctionType) else None
         if body is not None:
             with self:

@@ -9,17 +9,19 @@ A rule is a function with the operation's own signature that yields parts (`_par
 
 Arguments that are no wanted parameter may be yielded all the same; they are ignored. For a use that it does not know a rule
 yields `Declined` (or raises `NoRule`), and the operation is then expanded or another method runs. Operations that act entry
-by entry need no formula: they are listed in `elementwise.py`.
+by entry need no formula: they are listed in `elementwise.py`. What can be said in operations that have rules is rewritten in them
+(`contraction.py`).
 """
 
 from __future__ import annotations
 
-from . import conv, elementwise, embedding, linear, norm
+from . import contraction, conv, elementwise, embedding, linear, norm
 from ._parts import ConvPart, Declined, ExpandedPart, GatherPart, NoRule, OuterPart, Part, SumPart
-from ._table import ELEMENTWISE, RULES, rule
+from ._table import ELEMENTWISE, REWRITES, RULES, rewrite, rule
 
 __all__ = [
     "ELEMENTWISE",
+    "REWRITES",
     "RULES",
     "ConvPart",
     "Declined",
@@ -29,10 +31,12 @@ __all__ = [
     "OuterPart",
     "Part",
     "SumPart",
+    "contraction",
     "conv",
     "elementwise",
     "embedding",
     "linear",
     "norm",
+    "rewrite",
     "rule",
 ]

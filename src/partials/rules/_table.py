@@ -12,6 +12,8 @@ Rule = Callable[..., Iterable[Part]]
 R = TypeVar("R", bound=Rule)
 
 RULES: dict[Any, Rule] = {}
+REWRITES: dict[Any, Callable[..., Any]] = {}
+"""Operations that are run as others, which have rules."""
 ELEMENTWISE: set[Any] = set()
 """Operations whose output entry depends on one (broadcast) entry of each tensor argument."""
 
@@ -53,6 +55,20 @@ def rule(*operations: Any, override: bool = False) -> Callable[[R], R]:
         for operation in operations:
             ELEMENTWISE.discard(operation)
             RULES[operation] = function
+        return function
+
+    return register
+
+
+def rewrite(*operations: Any) -> Callable[[R], R]:
+    """Say operations in terms of others: the decorated function is called in their place, watched like the user's own code.
+
+    It takes `of_samples`, which tells whether a tensor depends on the samples, and then the operation's arguments. It raises
+    `NoRule` before it has computed anything where it does not know them.
+    """
+
+    def register(function: R) -> R:
+        REWRITES.update(dict.fromkeys(operations, function))
         return function
 
     return register
