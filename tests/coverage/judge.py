@@ -63,7 +63,7 @@ def judge(call: Call, **options: Any) -> Verdict:
         return Verdict("refused", refusal=f"{type(error).__name__}: {error.what}")
     torch.manual_seed(7)
     values, rows = expected(call)
-    how, runner = described(J.plan)
+    how, runner = described(J.plan) if rows else ("rule", "")  # no samples: no method is needed
     return Verdict(how, runner, worst(J, values, rows))
 
 
@@ -107,7 +107,7 @@ def samples_of(call: Call) -> int:
 def expected(call: Call) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(values (N, *out), rows {name: (N, *out, *shape)})."""
     if call.options.get("batched") is False:
-        out = call.f(*call.inputs)
+        out = call.f(*call.inputs) if call.loss is None else alone(call.loss, call.f(*call.inputs[:-1]), call.inputs[-1])
         return out.detach(), gradients(out, call.parameters)
     n = samples_of(call)
     if call.random:
@@ -122,6 +122,10 @@ def expected(call: Call) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     if not n:
         return torch.zeros(0), {}
     return torch.stack(values), {name: torch.stack([row[name] for row in rows]) for name in call.parameters}
+
+
+def alone(loss: Any, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return loss(output.unsqueeze(0), target.unsqueeze(0)).reshape(())
 
 
 def cut(tree: Any, i: int, dim: Any) -> Any:

@@ -117,7 +117,9 @@ def drawn(info: Any, training: bool, seeds: range = range(N)) -> list[list[Any]]
 
 
 def arguments(item: Any) -> Any:
-    return item.forward_input.args, item.forward_input.kwargs
+    """(args, kwargs), with lengths given as lists of numbers as tensors, which have a sample dimension."""
+    args = tuple(torch.tensor(x) if isinstance(x, list | tuple) and x and isinstance(x[0], int) else x for x in item.forward_input.args)
+    return args, item.forward_input.kwargs
 
 
 def build(info: Any, item: Any, training: bool) -> nn.Module:
@@ -127,8 +129,10 @@ def build(info: Any, item: Any, training: bool) -> nn.Module:
         module = info.module_cls(*item.constructor_input.args, **item.constructor_input.kwargs)
         if any(nn.parameter.is_lazy(p) for p in module.parameters()):
             args, kwargs = arguments(item)
-            module(*args, **kwargs)
+            module.double()(*args, **kwargs)
     module = module.double().train(training)
+    if hasattr(module, "_random_samples"):
+        module._random_samples = None  # (those of the database are for its own batch size)
     for name, buffer in module.named_buffers():  # statistics that are not those of a fresh module
         if name.endswith("running_var"):
             buffer.uniform_(0.5, 2)
@@ -151,6 +155,7 @@ SINGLE = {
     **{f"{kind}Pad{d}d": d + 1 for d in (1, 2, 3) for kind in ("Reflection", "Replication", "Zero", "Circular", "Constant")},
     "MaxPool2d": 3,
     "MultiLabelMarginLoss": 1,
+    "LinearCrossEntropyLoss": 1,
 }
 """Modules that take one sample without saying so in their description: the rank of such an input."""
 
@@ -200,19 +205,22 @@ def made(info: Any, lists: list[list[Any]], case: Case) -> Call | None:
     module = build(info, items[0], case.training)
     single = is_single(module, items[0])
     trees = [arguments(item) for item in items]
-    if case.style == "single" and not single:
+    if (case.style == "single" and not single) or cannot_be_cut(module, items[0]):
         return None
     dims, out_dims = batch_dims(module, trees[0])
     if case.style == "single":
         tensors, dims = [t for _, t in walk(trees[0], "")], []
     else:
         tensors = gathered(trees, dims, single)
-    tensors = [t.clone().requires_grad_(case.requires_grad and t.is_floating_point()) for t in tensors]
-    scale = None if any(True for _ in module.parameters()) else scaling(tensors)
-    if type(module).__name__.endswith("Loss"):
+    loss = type(module).__name__.endswith("Loss")
+    tensors = [t.clone() for t in tensors]
+    for t in tensors[:1] if loss else tensors:  # (some losses have no derivative by their target)
+        t.requires_grad_(case.requires_grad and t.is_floating_point())
+    scale = None if any(True for _ in module.parameters()) else scaling(tensors, case.style == "batch")
+    if loss:
         return loss_call(module, emptied(trees[0]), tensors, dims, case, scale)
     f = Called(module, emptied(trees[0]), case.style == "batch", scale, out_dims)
-    return finished(f, tensors, dims, case)
+    return finished(f, tensors, dims, case, random=hasattr(module, "_random_samples"))
 
 
 def finished(f: nn.Module, tensors: list[torch.Tensor], dims: list[Any], case: Case, **rest: Any) -> Call:
@@ -222,22 +230,27 @@ def finished(f: nn.Module, tensors: list[torch.Tensor], dims: list[Any], case: C
     return Call(f, tuple(tensors), parameters, tuple(dims), options, **rest)
 
 
-def scaling(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Near one, so that probabilities stay probabilities."""
+def scaling(tensors: list[torch.Tensor], batched: bool) -> torch.Tensor:
+    """Near one, so that probabilities stay probabilities; a number for each last feature of a sample."""
     first = next(t for t in tensors if t.is_floating_point())
-    return 1 - 0.01 * torch.rand(first.shape[-1:], dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    shape = first.shape[-1:] if first.ndim > batched else ()
+    return 1 - 0.01 * torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
 class Losses(nn.Module):
-    """A loss of several inputs, of each sample alone: what a training loop without a batch would write."""
+    """A loss of each sample alone: what a training loop without a batch would write. `scale` is as in `Called`."""
 
-    def __init__(self, called: nn.Module, dims: list[Any]) -> None:
+    def __init__(self, called: nn.Module, dims: list[Any], scale: torch.Tensor | None) -> None:
         super().__init__()
         self.called, self.dims = called, dims
+        self.scale = None if scale is None else nn.Parameter(scale)
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        size = next(t.shape[d] for t, d in zip(tensors, self.dims, strict=True) if d is not None and t.ndim)
-        cut = [[t if d is None or not t.ndim else t.narrow(d, n, 1) for t, d in zip(tensors, self.dims, strict=True)] for n in range(size)]
+        given = list(tensors)
+        if self.scale is not None:
+            given[0] = given[0] * self.scale
+        size = next(t.shape[d] for t, d in zip(given, self.dims, strict=True) if d is not None and t.ndim)
+        cut = [[t if d is None or not t.ndim else t.narrow(d, n, 1) for t, d in zip(given, self.dims, strict=True)] for n in range(size)]
         return torch.stack([self.called(*parts).reshape(-1) for parts in cut])
 
 
@@ -255,12 +268,16 @@ class Scaled(nn.Module):
 def loss_call(module: nn.Module, tree: Any, tensors: list[torch.Tensor], dims: list[Any], case: Case, scale: Any) -> Call:
     """A loss: behind a scaled input by `gradient(loss=)` where it takes an output and a target; else sample by sample."""
     reduced = getattr(module, "reduction", "mean") != "none"
-    if scale is not None and len(tensors) == 2 and reduced and not isinstance(module, nn.CTCLoss):
+    if scale is not None and len(tensors) == 2 and reduced:
         return finished(Scaled(scale), tensors, dims if case.style == "single" else [0, 0], case, loss=module)
-    called = Called(module, tree, False, scale)
     if case.style == "single":
-        return finished(called, tensors, dims, case)
-    return finished(Losses(called, dims), tensors, dims, case)
+        return finished(Called(module, tree, False, scale), tensors, dims, case)
+    return finished(Losses(Called(module, tree, False), dims, scale), tensors, dims, case)
+
+
+def cannot_be_cut(module: nn.Module, item: Any) -> bool:
+    """CTCLoss takes targets one after the other in one vector: no dimension of it holds samples."""
+    return isinstance(module, nn.CTCLoss) and item.forward_input.args[1].ndim == 1
 
 
 def cases(info: Any, count: dict[bool, int]) -> Iterator[Case]:

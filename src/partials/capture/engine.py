@@ -19,7 +19,7 @@ from . import layout as layouts
 from .build import blocks_of
 from .describe import described
 from .known import LAYOUTS, key_of
-from .layout import Layout
+from .layout import Layout, spilt
 from .recorder import Recorder, Refused, Trace, Use
 from .reverse import cotangents, weighted
 from .walk import missed
@@ -98,13 +98,15 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     edges = list(dict.fromkeys(use.edge for use in trace.uses))
     where = {edge: i for i, edge in enumerate(edges)}
     size = problem.size
-    measured = _layouts(problem, values, trace.uses, edges, where)
+    measured = _layouts(problem, values, trace, edges, where)
     found = cotangents(values, [*edges, *inputs], create_graph=problem.create_graph)
     groups: dict[str, list[Block]] = {name: [] for name in wanted}
     for use, placed in zip(trace.uses, measured, strict=True):
         g = found[where[use.edge]]
         if g is None:
             continue
+        if placed.places is not None and spilt(_canonical(use, g), placed):
+            raise Refused(f"{use.operation}: positions of its output belong to no sample")
         for name, block in blocks_of(use, _canonical(use, g), placed, size, wanted, attached=problem.create_graph).items():
             groups[name].append(block)
     outputs = int(torch.Size(values.shape[1:]).numel())
@@ -134,15 +136,15 @@ def merged(groups: Mapping[str, list[Block]]) -> dict[str, list[Block]]:
     return done
 
 
-def _layouts(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], where: dict[Any, int]) -> list[Layout]:
+def _layouts(problem: Problem, values: Tensor, trace: Trace, edges: list[Any], where: dict[Any, int]) -> list[Layout]:
     """A layout for every use: known in a vmapped run, remembered from an earlier call, or measured by two reverse passes."""
-    n = problem.size
+    n, uses = problem.size, trace.uses
     if n == 0:
         return [Layout(0)] * len(uses)
     open_uses = [use for use in uses if use.layout is None]
     if not open_uses:
         return _spread(uses, [])
-    key = key_of(problem, [(use.operation, len(use.shape), tuple(s % n == 0 for s in use.shape)) for use in open_uses])
+    key = None if trace.routed else key_of(problem, [(use.operation, len(use.shape), tuple(s % n == 0 for s in use.shape)) for use in open_uses])
     remembered = LAYOUTS.get(key)
     if remembered is not None:
         known = [layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]

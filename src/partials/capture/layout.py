@@ -25,12 +25,18 @@ class Layout:
     dim: int
     outer: int = 1
     inner: int = 1
+    places: Tensor | None = None
+    """Where positions of `dim` belong to samples in no order: those of each sample, (N, most), filled up with -1."""
 
     def samples_first(self, t: Tensor, n: int, lead: int = 0) -> Tensor:
         """(*lead, ..., outer * N * inner, ...) -> (N, *lead, ..., outer * inner, ...): all other dimensions keep their order."""
         if self.dim < 0:
             return t.unsqueeze(0)
         at = lead + self.dim
+        if self.places is not None:
+            taken = t.index_select(at, self.places.clamp_min(0).flatten()).unflatten(at, self.places.shape)
+            filled = (self.places < 0).reshape(*(1,) * at, *self.places.shape, *(1,) * (taken.ndim - at - 2))
+            return taken.masked_fill(filled, 0).movedim(at, 0)
         if self.outer == self.inner == 1:
             return (t.transpose(0, at) if at < 2 else t.movedim(at, 0)).unsqueeze(at + 1)
         parts = t.unflatten(at, (self.outer, n, self.inner)).movedim(at + 1, 0)
@@ -39,6 +45,8 @@ class Layout:
     def __str__(self) -> str:
         if self.dim < 0:
             return "one sample"
+        if self.places is not None:
+            return f"dim {self.dim} (any order)"
         folds = {(False, False): "", (True, False): "k*N", (False, True): "N*k", (True, True): "k*N*j"}[self.outer > 1, self.inner > 1]
         return f"dim {self.dim}" + (f" ({folds})" if folds else "")
 
@@ -70,7 +78,49 @@ def find(first: Tensor, second: Tensor, weights: Tensor) -> tuple[Layout | None,
     for layout in possible:
         if not informative or fits(layout, first, second, weights):
             return layout, informative and n > 1
-    return None, False
+    return scattered(first, second, weights), False
+
+
+def scattered(first: Tensor, second: Tensor, weights: Tensor) -> Layout | None:
+    """A dimension whose positions each belong to one sample, in any order and number: rows picked by a mask, packed or sorted sequences.
+
+    Each position's own ratio must name its sample beyond doubt. A position whose cotangents are zero belongs to nobody.
+    """
+    n = len(weights)
+    for dim in range(first.ndim):
+        one, two = (t.movedim(dim, 0).reshape(t.shape[dim], -1).to(weights.dtype) for t in (first, second))
+        square = one.square().sum(1)
+        ratio = (one * two).sum(1) / square
+        owner = ((ratio - 1) * n).round()
+        known = square > 0
+        sure = ((ratio - 1) * n - owner).abs() < 0.1
+        if not bool((~known | (sure & (owner >= 0) & (owner < n))).all()) or not bool(known.any()):
+            continue
+        owner = owner.where(known, owner.new_zeros(())).long()
+        apart = (two - weights[owner][:, None] * one).abs().max()
+        if bool(apart <= TOLERANCE.get(first.dtype, 3e-2) * two.abs().max()):
+            return Layout(dim, places=_places(owner, known, n))
+    return None
+
+
+def spilt(g: Tensor, layout: Layout) -> bool:
+    """Whether positions that `layout.places` leaves out have cotangents (C, ...) all the same: measured as zero, they must be."""
+    assert layout.places is not None
+    left = torch.ones(g.shape[1 + layout.dim], dtype=torch.bool, device=g.device)
+    left[layout.places[layout.places >= 0]] = False
+    return bool(left.any()) and bool(g.detach().movedim(1 + layout.dim, 0)[left].any())
+
+
+def _places(owner: Tensor, known: Tensor, n: int) -> Tensor:
+    """(N, most): the positions of each sample in their order, then -1."""
+    positions = known.nonzero().flatten()
+    owner = owner[positions]
+    order = owner.argsort(stable=True)
+    counts = torch.bincount(owner, minlength=n)
+    rank = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]
+    places = owner.new_full((n, int(counts.max())), -1)
+    places[owner[order], rank] = positions[order]
+    return places
 
 
 def pattern(layout: Layout) -> tuple[int, str] | tuple[int, int, int]:

@@ -34,6 +34,19 @@ EXPANDS = {
     torch.Tensor.tile,
 }
 """Operations that can give a parameter a sample dimension of its own: a class token expanded to the batch."""
+ROUTES = frozenset(
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in (
+        *("index_select", "gather", "take", "take_along_dim", "masked_select", "sort", "argsort", "topk", "nonzero", "argwhere"),
+        *("index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
+        *("index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter_"),
+        *("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose"),
+    )
+    if hasattr(owner, name)
+)
+"""Operations by which data decide where samples go, or what is run: a layout measured for some data is none for others."""
+_PICKS = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _MARK = "_partials_sample"
 
 
@@ -65,6 +78,8 @@ class Trace:
     """Graph node of a recorded edge -> nodes of its data inputs, from which the completeness walk goes on."""
     nested: bool = False
     """f called torch.autograd.grad itself."""
+    routed: bool = False
+    """Where samples go depends on data: layouts hold for this call only."""
     refused: str = ""
     expanded: list[str] = field(default_factory=list)
 
@@ -107,6 +122,8 @@ class Recorder(TorchFunctionMode):
                 self.trace.nested = True
         if depends:
             self._mark(out, func, args)
+            if func in ROUTES or (func in _PICKS and _by_data(args[1])):
+                self.trace.routed = True
         return out
 
     def _scan(self, tensors: list[Tensor]) -> tuple[bool, list[Tensor]]:
@@ -279,6 +296,11 @@ class _Place:
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.whole[0] * self.whole[1], *self.whole[2:]) if self.merged else tuple(self.whole)
+
+
+def _by_data(index: Any) -> bool:
+    """Whether an index picks entries by a tensor or a list, not by numbers and slices alone."""
+    return any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,)))
 
 
 def broadcast(shapes: list[torch.Size]) -> tuple[int, ...]:

@@ -70,6 +70,8 @@ def multi_dot(of_samples: OfSamples, *tensors: Any) -> Tensor:
 @rewrite(F.linear_cross_entropy)
 def linear_cross_entropy(of_samples: OfSamples, input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     """All logits at once: chunks save memory within one call, by a fused derivative that shows no use."""
+    if options.get("options") is not None and options.get("reduction", "mean") == "mean":
+        raise NoRule("a fused mean, which differs from a plain one where every target is ignored")
     return _compat.body_of(F.linear_cross_entropy)(input, linear_weight, target, **{**options, "options": None})
 
 

@@ -85,7 +85,7 @@ def test_bilinear(n, lead, i, j, o):
 
 @given(n=st.integers(1, 4), i=SIZES)
 def test_linear_with_a_vector(n, i):
-    by_rules(agrees(lambda x, w, b: F.linear(x, w, b).sin(), draw(n, i), draw(i, grad=True), torch.randn((), dtype=torch.float64, requires_grad=True)), "outer", "sum")
+    by_rules(agrees(lambda x, w: F.linear(x, w).sin(), draw(n, i), draw(i, grad=True)), "outer")
 
 
 @given(n=st.integers(1, 5), t=SIZES, v=st.integers(1, 6), mode=st.sampled_from(["sum", "mean", "max"]), options=st.data())
