@@ -136,7 +136,9 @@ class Pullback(Block):
         return self.inner_block.nbytes()
 
     def matmul(self, v: Tensor) -> Tensor:
-        return self.inner_block.matmul(torch.stack([self._push(column) for column in v.unbind(-1)], -1))
+        pushed = [self._push(column) for column in v.unbind(-1)]
+        found = [column for column in pushed if column is not None]
+        return self.inner_block.matmul(torch.stack(found, -1)) if len(found) == len(pushed) > 0 else super().matmul(v)
 
     def rmatmul(self, u: Tensor) -> Tensor:
         return self._pull(self.inner_block.rmatmul(u).movedim(-1, 0)).movedim(0, -1)
@@ -181,15 +183,33 @@ class Pullback(Block):
             return found[0]
         return torch.stack([torch.zeros_like(self.parameter) if row is None else row for row in found])
 
-    def _push(self, v: Tensor) -> Tensor:
-        """d derived / d parameter . v, as the derivative of the vector-Jacobian product in its (linear) cotangent."""
+    def _push(self, v: Tensor) -> Tensor | None:
+        """d derived / d parameter . v, as the derivative of the vector-Jacobian product in its (linear) cotangent.
+
+        None where torch has no such second derivative, or a wrong one: <push v, w> must be <v, pull w>, and is not for an embedding's
+        padding row or its scale by frequency.
+        """
         with torch.enable_grad():
-            w = torch.zeros_like(self.derived, requires_grad=True)
+            w = self._cotangent().requires_grad_()
             (pulled,) = torch.autograd.grad(self.derived, self.parameter, w, retain_graph=True, create_graph=True, allow_unused=True)
-            if pulled is None or not pulled.requires_grad:
+            if pulled is None:
                 return torch.zeros_like(self.derived)
-            (found,) = torch.autograd.grad(pulled, w, v.to(pulled.dtype), retain_graph=True, create_graph=self.attached)
-        return found
+            if not pulled.requires_grad:
+                return None
+            v = v.to(pulled.dtype)
+            try:
+                (found,) = torch.autograd.grad(pulled, w, v, retain_graph=True, create_graph=self.attached)
+            except (RuntimeError, NotImplementedError):  # the derivative of the backward is not implemented
+                return None
+        with torch.no_grad():
+            gap = (found * w).sum() - (pulled * v).sum()
+            size = found.norm() * w.norm() + pulled.norm() * v.norm()
+            return found if bool(gap.abs() <= 1e3 * torch.finfo(w.dtype).eps * size) else None
+
+    def _cotangent(self) -> Tensor:
+        """Something of the derived tensor's shape, the same each time, no two entries alike."""
+        numbers = torch.arange(self.derived.numel(), dtype=torch.float64, device=self.derived.device)
+        return (numbers + 1).sin().to(self.derived.dtype).view(self.derived.shape)
 
 
 def carried(block: Block, derived: Tensor, parameter: Tensor, *, attached: bool) -> Block:

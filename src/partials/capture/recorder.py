@@ -261,7 +261,13 @@ class Recorder(TorchFunctionMode):
         new_args, new_kwargs = rebuild(
             (args, kwargs), iter([swapped[id(t)] if id(t) in mine else t for t in tensors_in((*args, *kwargs.values()))])
         )
-        return func(*new_args, **new_kwargs)
+        if wrap is None:
+            return func(*new_args, **new_kwargs)
+        try:
+            return func(*new_args, **new_kwargs)
+        except Exception as error:  # it ran with the parameter itself: what fails is the expansion
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise Refused(f"{label(func)} cannot be run with its parameter expanded ({first})") from error
 
     def _record_expanded(self, func: Any, p: Tensor, wide: Tensor) -> Tensor:
         edge = get_gradient_edge(wide)

@@ -117,7 +117,7 @@ def _product(of_samples: OfSamples, a: _Labelled, b: _Labelled, keep: set[Hashab
     left, right = [n for n in a.labels if n not in both], [n for n in b.labels if n not in both]
     if not summed:
         wide = a.arranged([*left, *batch])
-        return _Labelled(wide.reshape(*wide.shape, *(1,) * len(right)) * b.arranged([*batch, *right]), (*left, *batch, *right))
+        return _Labelled(wide.reshape((*wide.shape, *(1,) * len(right))) * b.arranged([*batch, *right]), (*left, *batch, *right))
     w = b.arranged([*batch, *summed, *right])
     shape = w.shape
     w = _folded(_folded(w, len(batch) + len(summed), len(right)), len(batch), len(summed))
@@ -128,7 +128,7 @@ def _product(of_samples: OfSamples, a: _Labelled, b: _Labelled, keep: set[Hashab
         x = a.arranged([*batch, *left, *summed])
         lead = x.shape[: len(batch) + len(left)]
         z = _folded(_folded(x, len(batch) + len(left), len(summed)), len(batch), len(left)) @ w
-    return _Labelled(z.reshape(*lead, *shape[len(batch) + len(summed) :]), (*batch, *left, *right))
+    return _Labelled(z.reshape((*lead, *shape[len(batch) + len(summed) :])), (*batch, *left, *right))
 
 
 def _folded(t: Tensor, start: int, count: int) -> Tensor:
