@@ -16,7 +16,10 @@ from tests.oracle import gradients
 EXACT = 1e-11
 """Largest error allowed, in units of the row's norm in float64 (of the block's largest row where the row is zero)."""
 ZERO = 1e-4
-"""A row below this part of the block's largest is zero but for rounding; so is a block below its square, of the whole."""
+"""A row below this part of the block's largest is zero but for rounding; so is a block below its square, of the whole.
+
+The whole counts as no less than this part of the values: where x / x is differentiated, its rounding is what is left.
+"""
 
 
 @dataclass
@@ -140,7 +143,7 @@ def worst(J: Any, values: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> flo
     shape = values.shape
     flat = {name: part.reshape(shape.numel(), -1) for name, part in rows.items()}
     dense = torch.cat(list(flat.values()), 1)
-    whole = largest(dense.norm(dim=1))
+    whole = max(largest(dense.norm(dim=1)), ZERO * largest(values.abs()))
     errors = [relative(J.values, values, values.abs().clamp_min(largest(values.abs())))]
     found = J.dict()
     assert list(found) == list(rows)
@@ -158,7 +161,7 @@ def worst(J: Any, values: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> flo
 def scales(norms: torch.Tensor, whole: float) -> torch.Tensor:
     """The unit of each row: its norm; that of the largest row where it is zero; of the whole where they all are."""
     top = largest(norms)
-    top = whole if top <= ZERO**2 * whole else top
+    top = whole if top <= ZERO * ZERO * whole else top
     return torch.where(norms > ZERO * top, norms, torch.full_like(norms, top))
 
 

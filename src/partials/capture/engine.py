@@ -99,7 +99,7 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     where = {edge: i for i, edge in enumerate(edges)}
     size = problem.size
     measured = _layouts(problem, values, trace, edges, where)
-    found = cotangents(values, [*edges, *inputs], create_graph=problem.create_graph)
+    found = cotangents(values, [*edges, *inputs], create_graph=problem.create_graph, one_by_one=trace.one_by_one)
     groups: dict[str, list[Block]] = {name: [] for name in wanted}
     for use, placed in zip(trace.uses, measured, strict=True):
         g = found[where[use.edge]]

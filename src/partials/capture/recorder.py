@@ -22,6 +22,7 @@ from .._graph import reached
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
 from ..rules import ELEMENTWISE, REWRITES, RULES, Declined, ExpandedPart, NoRule, Part
+from .._probe import UNBATCHED
 from .layout import Layout
 
 EXPANDS = {
@@ -80,6 +81,8 @@ class Trace:
     """f called torch.autograd.grad itself."""
     routed: bool = False
     """Where samples go depends on data: layouts hold for this call only."""
+    one_by_one: bool = False
+    """A derivative that torch computes wrongly for several outputs at once is in the graph."""
     refused: str = ""
     expanded: list[str] = field(default_factory=list)
 
@@ -122,6 +125,10 @@ class Recorder(TorchFunctionMode):
                 self.trace.nested = True
         if depends:
             self._mark(out, func, args)
+            if func in UNBATCHED:
+                self.trace.one_by_one = True
+                if self.expand_unknown:
+                    raise Refused(f"torch's derivative of {label(func)} under vmap is wrong")
             if func in ROUTES or (func in _PICKS and _by_data(args[1])):
                 self.trace.routed = True
         return out
@@ -264,10 +271,14 @@ class Recorder(TorchFunctionMode):
         if wrap is None:
             return func(*new_args, **new_kwargs)
         try:
-            return func(*new_args, **new_kwargs)
+            out = func(*new_args, **new_kwargs)
         except Exception as error:  # it ran with the parameter itself: what fails is the expansion
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise Refused(f"{label(func)} cannot be run with its parameter expanded ({first})") from error
+        found = [_compat.unwrapped(t)[0] for t in tensors_in((out,)) if t.is_floating_point()]
+        if found and not any(t.requires_grad for t in found):  # (as where it asks whether its arguments require grad)
+            raise Refused(f"{label(func)} loses the derivative of its parameter when that is expanded")
+        return out
 
     def _record_expanded(self, func: Any, p: Tensor, wide: Tensor) -> Tensor:
         edge = get_gradient_edge(wide)
