@@ -35,9 +35,8 @@ def main(folder: Path) -> None:
     for name, seconds in times.items():
         print(f"{name:<18}{statistics.median(seconds):8.3f} s   {BLOCKS * rows.nbytes / statistics.median(seconds) / 1e9:6.2f} GB/s")
     for mine, theirs in (("store write", "raw write"), ("store read", "memory map read")):
-        print(
-            f"{mine} / {theirs}, paired median of speeds: {statistics.median(b / a for a, b in zip(times[mine], times[theirs], strict=True)):.2f}"
-        )
+        ratio = statistics.median(b / a for a, b in zip(times[mine], times[theirs], strict=True))
+        print(f"{mine} / {theirs}, paired median of speeds: {ratio:.2f}")
 
 
 def raw(folder: Path, rows: numpy.ndarray) -> None:
