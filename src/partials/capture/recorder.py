@@ -21,7 +21,7 @@ from .. import _compat
 from .._graph import reached
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
-from ..rules import ELEMENTWISE, RULES, ConvPart, Declined, ExpandedPart, NoRule, Part
+from ..rules import COMPOSITES, ELEMENTWISE, RULES, ConvPart, Declined, ExpandedPart, NoRule, Part
 
 EXPANDS = {
     torch.Tensor.expand,
@@ -154,6 +154,12 @@ class Recorder(TorchFunctionMode):
         if func in ELEMENTWISE and not expandable:
             shape = broadcast([t.shape for t in tensors])
             return self._with_expanded(func, args, kwargs, parameters, lambda p: p.expand(shape) if p.shape != shape else p.view_as(p))
+        if func in COMPOSITES:
+            try:
+                with self:
+                    return COMPOSITES[func](*args, **kwargs, differentiable=self.attached or "vmap" in transforms)
+            except NoRule as declined:
+                raise Refused(f"{label(func)}: {declined}") from None
         body = _compat.body_of(func) if isinstance(func, FunctionType) else None
         if body is not None:
             with self:

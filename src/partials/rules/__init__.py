@@ -14,11 +14,12 @@ by entry need no formula: they are listed in `elementwise.py`.
 
 from __future__ import annotations
 
-from . import conv, elementwise, embedding, linear, norm
+from . import conv, elementwise, embedding, linear, norm, recurrent
 from ._parts import ConvPart, Declined, ExpandedPart, GatherPart, NoRule, OuterPart, Part, SumPart
-from ._table import ELEMENTWISE, RULES, rule
+from ._table import COMPOSITES, ELEMENTWISE, RULES, rule
 
 __all__ = [
+    "COMPOSITES",
     "ELEMENTWISE",
     "RULES",
     "ConvPart",
@@ -34,5 +35,6 @@ __all__ = [
     "embedding",
     "linear",
     "norm",
+    "recurrent",
     "rule",
 ]
