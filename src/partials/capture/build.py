@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from .._blocks import Block, Dense
@@ -109,7 +110,7 @@ def _scaled(rows: Tensor, scale: float) -> Tensor:
 def _swapped(layout: Layout, rank: int) -> Layout:
     """The layout after the last two of `rank` dimensions change places."""
     other = {rank - 1: rank - 2, rank - 2: rank - 1}.get(layout.dim, layout.dim)
-    return Layout(other, layout.outer, layout.inner)
+    return replace(layout, dim=other)
 
 
 def _keep(layout: Layout, taken: Any, last: int, use: Use) -> None:

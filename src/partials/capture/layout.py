@@ -3,11 +3,14 @@
 A layout says that dimension `dim` has size outer * N * inner, sample-major between: position i of it belongs to sample
 (i // inner) % N. It is measured, never guessed from sizes: the reverse pass runs with Gaussian seeds U and with w_n U,
 w_n = 1 + n / N; a layout is right where the second cotangent is w_n times the first at every position that it gives to n.
+
+Where no regular layout fits, the ratio of the two names the sample of each position by itself: samples in another order, or of
+different lengths (packed sequences).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,12 +28,18 @@ class Layout:
     dim: int
     outer: int = 1
     inner: int = 1
+    owned: Tensor | None = field(default=None, compare=False)
+    """(N, K): the positions of each sample where they follow no rule, -1 where it has fewer than K."""
 
     def samples_first(self, t: Tensor, n: int, lead: int = 0) -> Tensor:
         """(*lead, ..., outer * N * inner, ...) -> (N, *lead, ..., outer * inner, ...): all other dimensions keep their order."""
         if self.dim < 0:
             return t.unsqueeze(0)
         at = lead + self.dim
+        if self.owned is not None:
+            rows = t.index_select(at, self.owned.clamp_min(0).flatten()).unflatten(at, tuple(self.owned.shape)).movedim(at, 0)
+            absent = (self.owned < 0).reshape(n, *(1,) * at, -1, *(1,) * (t.ndim - 1 - at))
+            return rows.masked_fill(absent, 0)
         if self.outer == self.inner == 1:
             return (t.transpose(0, at) if at < 2 else t.movedim(at, 0)).unsqueeze(at + 1)
         parts = t.unflatten(at, (self.outer, n, self.inner)).movedim(at + 1, 0)
@@ -39,6 +48,8 @@ class Layout:
     def __str__(self) -> str:
         if self.dim < 0:
             return "one sample"
+        if self.owned is not None:
+            return f"dim {self.dim} (measured)"
         folds = {(False, False): "", (True, False): "k*N", (False, True): "N*k", (True, True): "k*N*j"}[self.outer > 1, self.inner > 1]
         return f"dim {self.dim}" + (f" ({folds})" if folds else "")
 
@@ -70,7 +81,28 @@ def find(first: Tensor, second: Tensor, weights: Tensor) -> tuple[Layout | None,
     for layout in possible:
         if not informative or fits(layout, first, second, weights):
             return layout, informative and n > 1
-    return None, False
+    return owners(first, second, weights), False
+
+
+def owners(first: Tensor, second: Tensor, weights: Tensor) -> Layout | None:
+    """The layout that gives each position along one dimension to the sample that its own ratio names; None where a ratio names none."""
+    n, one, two = len(weights), first.to(weights.dtype), second.to(weights.dtype)
+    tolerance = min(TOLERANCE.get(first.dtype, 3e-2), 0.1 / n)
+    for dim, size in enumerate(first.shape):
+        if size < n:
+            continue
+        a, b = (t.movedim(dim, 0).reshape(size, -1) for t in (one, two))
+        length = a.square().sum(1)
+        here = length > 0
+        sample = (((a * b).sum(1) / length.masked_fill(~here, 1) - 1) * n).round().long()
+        if not bool(((sample >= 0) & (sample < n))[here].all()):
+            continue
+        misfit = (b - weights[sample.clamp(0, n - 1)][:, None] * a).square().sum(1)
+        if bool((misfit > tolerance**2 * length).any()) or len(sample[here].unique()) < n:
+            continue
+        positions = [(here & (sample == i)).nonzero().flatten() for i in range(n)]
+        return Layout(dim, owned=torch.nn.utils.rnn.pad_sequence(positions, batch_first=True, padding_value=-1))
+    return None
 
 
 def pattern(layout: Layout) -> tuple[int, str] | tuple[int, int, int]:
