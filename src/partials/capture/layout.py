@@ -10,7 +10,9 @@ different lengths (packed sequences).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import log
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from .._typing import Tensor
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Of the largest cotangent. Rounding is 1e-6 of it in float32; a wrong layout is off by the spread of w, about 0.3."""
+
+CHANCE = 1e-6
+"""Below which the ratios of all positions are no accident."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +78,27 @@ def fits(layout: Layout, first: Tensor, second: Tensor, weights: Tensor) -> bool
     return bool((two - weights[:, None] * one).abs().max() <= TOLERANCE.get(first.dtype, 3e-2) * scale)
 
 
-def find(first: Tensor, second: Tensor, weights: Tensor) -> tuple[Layout | None, bool]:
-    """The layout of one edge's cotangents, and whether it is proved: zero cotangents fit every layout and prove none."""
+def find(first: Tensor, second: Tensor, weights: Tensor, features: Collection[int] = ()) -> tuple[Layout | None, bool]:
+    """The layout of one edge's cotangents, and whether it is proved: zeros fit every layout, and what fits two proves neither.
+
+    `features`: dimensions that hold features of the operation, so no samples.
+    """
     n = len(weights)
-    possible = candidates(tuple(first.shape), n)
-    informative = bool((first != 0).any())
-    for layout in possible:
-        if not informative or fits(layout, first, second, weights):
-            return layout, informative and n > 1
-    return owners(first, second, weights), False
+    possible = [layout for layout in candidates(tuple(first.shape), n) if layout.dim not in features]
+    if not bool((first != 0).any()):
+        return (possible[0] if possible else None), False
+    fitting = [layout for layout in possible if fits(layout, first, second, weights)]
+    if fitting:
+        return fitting[0], len(fitting) == 1 and n > 1
+    return owners(first, second, weights, features), False
 
 
-def owners(first: Tensor, second: Tensor, weights: Tensor) -> Layout | None:
+def owners(first: Tensor, second: Tensor, weights: Tensor, features: Collection[int] = ()) -> Layout | None:
     """The layout that gives each position along one dimension to the sample that its own ratio names; None where a ratio names none."""
     n, one, two = len(weights), first.to(weights.dtype), second.to(weights.dtype)
     tolerance = min(TOLERANCE.get(first.dtype, 3e-2), 0.1 / n)
     for dim, size in enumerate(first.shape):
-        if size < n:
+        if size < n or dim in features:
             continue
         a, b = (t.movedim(dim, 0).reshape(size, -1) for t in (one, two))
         length = a.square().sum(1)
@@ -98,7 +107,8 @@ def owners(first: Tensor, second: Tensor, weights: Tensor) -> Layout | None:
         if not bool(((sample >= 0) & (sample < n))[here].all()):
             continue
         misfit = (b - weights[sample.clamp(0, n - 1)][:, None] * a).square().sum(1)
-        if bool((misfit > tolerance**2 * length).any()) or len(sample[here].unique()) < n:
+        by_chance = int(here.sum()) * log(2 * n) + int((a != 0).sum()) * log(tolerance)  # (its logarithm, were the ratios random)
+        if bool((misfit > tolerance**2 * length).any()) or by_chance > log(CHANCE):
             continue
         positions = [(here & (sample == i)).nonzero().flatten() for i in range(n)]
         return Layout(dim, owned=torch.nn.utils.rnn.pad_sequence(positions, batch_first=True, padding_value=-1))

@@ -75,7 +75,7 @@ def _stack(
         outs = []
         for direction in range(directions):
             at = layer * directions + direction
-            first = tuple(_of_samples(s[at], x) for s in states)
+            first = tuple(_of_samples(s[at], x[0] if x.ndim == 3 else x[: sizes[0]]) for s in states)
             out, last = _direction(kind, x, first, weights[at * each : (at + 1) * each], biases, sizes, direction == 1, differentiable)
             outs.append(out)
             final.append(last)
@@ -123,8 +123,8 @@ def _unrolled(
 
 
 def _of_samples(state: Tensor, x: Tensor) -> Tensor:
-    """A first state that is a parameter itself is added to zeros that the samples own, which is a use like any other."""
-    return state if not state.requires_grad else state + torch.zeros_like(x[:1, ..., :1].reshape(-1)[:1])
+    """A first state that is zero or a parameter, added to zeros that the samples own: what it meets is a use like any other."""
+    return state + torch.zeros_like(x[..., :1])
 
 
 # --- cells -------------------------------------------------------------------------------------------------------
