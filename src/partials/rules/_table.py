@@ -16,6 +16,8 @@ ELEMENTWISE: set[Any] = set()
 """Operations whose output entry depends on one (broadcast) entry of each tensor argument."""
 COMPOSITES: dict[Any, Callable[..., Any]] = {}
 """Operations that are re-expressed in others: what stands in for them computes their result by operations that have rules."""
+PHYSICAL: dict[Any, Callable[..., Any]] = {}
+"""Operations that torch's vmap runs sample by sample, as functions of whole batches: all tensors are (N, ...), also the result."""
 
 
 def rule(*operations: Any, override: bool = False, composite: bool = False) -> Callable[[R], R]:
