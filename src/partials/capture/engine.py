@@ -16,7 +16,7 @@ from .._problem import Problem
 from .._typing import Tensor
 from ..methods._base import Computed
 from . import layout as layouts
-from .build import blocks_of
+from .build import blocks_of, features
 from .describe import described
 from .known import LAYOUTS, key_of
 from .layout import Layout
@@ -172,9 +172,11 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
             found.append(Layout(0))
             proved = False
             continue
-        layout, sure = layouts.find(one.detach(), two.detach(), weights)
+        layout, sure = layouts.find(one.detach(), two.detach(), weights, features(use.part, len(use.shape)))
         if layout is None:
-            raise Refused(f"{use.operation}: no dimension of its output of shape {use.shape} holds {n} samples apart")
+            raise Refused(
+                f"{use.operation}: no dimension of its output of shape {use.shape}, but for the parameter's own, holds {n} samples apart"
+            )
         found.append(layout)
         proved &= sure
     return found, proved

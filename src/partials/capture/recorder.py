@@ -21,7 +21,7 @@ from .. import _compat
 from .._graph import reached
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
-from ..rules import ELEMENTWISE, RULES, ConvPart, Declined, ExpandedPart, NoRule, Part
+from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, ConvPart, Declined, ExpandedPart, NoRule, Part
 
 EXPANDS = {
     torch.Tensor.expand,
@@ -99,7 +99,7 @@ class Recorder(TorchFunctionMode):
             elif func not in EXPANDS or self.expand_unknown:
                 out = func(*args, **kwargs)
         else:
-            out = func(*args, **kwargs)
+            out = self._at_once(func, args, kwargs, tensors) if depends and func in PHYSICAL else func(*args, **kwargs)
             if func is torch.autograd.grad:
                 self.trace.nested = True
         if depends:
@@ -154,6 +154,12 @@ class Recorder(TorchFunctionMode):
         if func in ELEMENTWISE and not expandable:
             shape = broadcast([t.shape for t in tensors])
             return self._with_expanded(func, args, kwargs, parameters, lambda p: p.expand(shape) if p.shape != shape else p.view_as(p))
+        if func in COMPOSITES:
+            try:
+                with self:
+                    return COMPOSITES[func](*args, **kwargs, differentiable=self.attached or "vmap" in transforms)
+            except NoRule as declined:
+                raise Refused(f"{label(func)}: {declined}") from None
         body = _compat.body_of(func) if isinstance(func, FunctionType) else None
         if body is not None:
             with self:
@@ -192,6 +198,18 @@ class Recorder(TorchFunctionMode):
         if raw is t:
             return t.expand(self.size, *t.shape)
         return raw.permute(order).flatten(0, 1) if merged else raw.permute(order)
+
+    def _at_once(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """An operation that vmap would run sample by sample, on the batch beneath our vmap."""
+        below = [_compat.unwrapped(t)[0] for t in tensors]
+        one_level = all(raw.ndim - t.ndim == (raw is not t) for raw, t in zip(below, tensors, strict=True))
+        if self.level is None or self.level != _compat.current_level() or not one_level:
+            return func(*args, **kwargs)
+        whole, named = rebuild((args, kwargs), iter([self._physical(t, merged=False) for t in tensors]))
+        try:
+            return _compat.batched(PHYSICAL[func](*whole, **named), self.level)
+        except NoRule:
+            return func(*args, **kwargs)
 
     def _data(self, args: Any, kwargs: Any, mine: set[int]) -> list[Tensor]:
         return [_compat.unwrapped(t)[0] for t in tensors_in((*args, *kwargs.values())) if id(t) not in mine]

@@ -14,12 +14,14 @@ by entry need no formula: they are listed in `elementwise.py`.
 
 from __future__ import annotations
 
-from . import conv, elementwise, embedding, linear, norm
+from . import attention, conv, elementwise, embedding, linear, norm, recurrent
 from ._parts import ConvPart, Declined, ExpandedPart, GatherPart, NoRule, OuterPart, Part, SumPart
-from ._table import ELEMENTWISE, RULES, rule
+from ._table import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, rule
 
 __all__ = [
+    "COMPOSITES",
     "ELEMENTWISE",
+    "PHYSICAL",
     "RULES",
     "ConvPart",
     "Declined",
@@ -29,10 +31,12 @@ __all__ = [
     "OuterPart",
     "Part",
     "SumPart",
+    "attention",
     "conv",
     "elementwise",
     "embedding",
     "linear",
     "norm",
+    "recurrent",
     "rule",
 ]
