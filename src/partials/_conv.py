@@ -1,4 +1,8 @@
-"""`Conv`: the block of a convolution's weight, kept as the input and the cotangent; patches are unfolded a few samples at a time."""
+"""`Conv`: the block of a convolution's weight, kept as the input and the cotangent; patches are unfolded a few samples at a time.
+
+A transposed convolution is the same with the roles of the two exchanged: its weight meets the input at one position with a patch of
+the output, so that the cotangent is unfolded and the input is not.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from ._factors import Outer
 from ._typing import Shape, Tensor
 
 CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 GRADIENT: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
@@ -27,10 +32,12 @@ class Conv(Block):
     g: Tensor
     """(N, C, frames, O, *space')."""
     shape: Shape
+    """(O, I/groups, *kernel), transposed (I, O/groups, *kernel)."""
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
+    transposed: bool = False
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -38,6 +45,8 @@ class Conv(Block):
 
     def dense(self) -> Tensor:
         """The rows, one product for each offset of the kernel: no patches are unfolded."""
+        if self.transposed:
+            return self._by_outer(lambda block: block.dense())
         n, c, frames, o = self.g.shape[:4]
         groups, space = self.groups, self.g.shape[4:]
         g = self.g.unflatten(3, (groups, o // groups)).movedim(3, 1).movedim(3, 4).flatten(5)  # (N, groups, C, O/groups, frames, L)
@@ -62,10 +71,10 @@ class Conv(Block):
 
     def matmul(self, v: Tensor) -> Tensor:
         """J v: the convolution with v, met with the cotangent."""
-        x, g = self._padded().flatten(0, 1), self.g.flatten(2)
+        x, g = (self.a if self.transposed else self._padded()).flatten(0, 1), self.g.flatten(2)
         columns = []
         for weight in v.to(x.dtype).unbind(-1):
-            z = CONV[len(self.stride)](x, weight, None, self.stride, 0, self.dilation, self.groups)
+            z = self._convolved(x, weight)
             columns.append(g @ z.unflatten(0, self.a.shape[:2]).flatten(1).unsqueeze(-1))
         return torch.cat(columns, -1) if columns else g.new_zeros(*self.rows, 0)
 
@@ -83,13 +92,34 @@ class Conv(Block):
         g = torch.einsum("nc,nc...->n...", u, self.g).flatten(0, 1)
         if not len(g):
             return g.new_zeros(self.shape)
-        return GRADIENT[len(self.stride)](self._padded().flatten(0, 1), self.shape, g, self.stride, 0, self.dilation, self.groups)
+        x, g = (self._padded(g), self.a.flatten(0, 1)) if self.transposed else (self._padded().flatten(0, 1), g)
+        return GRADIENT[len(self.stride)](x, self.shape, g, self.stride, 0, self.dilation, self.groups)
 
-    def _padded(self) -> Tensor:
+    def _convolved(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The operation itself: (N * frames, I, ...) to (N * frames, O, *space')."""
+        dims = len(self.stride)
+        if not self.transposed:
+            return CONV[dims](x, weight, None, self.stride, 0, self.dilation, self.groups)
+        reach = [gap * (k - 1) + 1 for gap, k in zip(self.dilation, self.shape[2:], strict=True)]
+        least = [(size - 1) * step + r for size, step, r in zip(self.a.shape[3:], self.stride, reach, strict=True)]
+        extra = [size + sum(pads) - low for size, pads, low in zip(self.g.shape[4:], self.padding, least, strict=True)]
+        pads = [before for before, _ in self.padding]
+        return TRANSPOSED[dims](x, weight, None, self.stride, pads, extra, self.groups, self.dilation)
+
+    def _padded(self, wide: Tensor | None = None) -> Tensor:
+        """The side of which patches are taken (the input, transposed the cotangent), padded, as far as patches reach."""
+        wide = wide if wide is not None else self.g if self.transposed else self.a
         pads = [p for pair in reversed(self.padding) for p in pair]
-        return F.pad(self.a, pads) if any(pads) else self.a
+        wide = F.pad(wide, pads) if any(pads) else wide
+        if self.transposed:  # what output_padding added lies beyond the last patch
+            for d, (size, step, gap, k) in enumerate(zip(self.a.shape[3:], self.stride, self.dilation, self.shape[2:], strict=True)):
+                at = wide.ndim - len(self.stride) + d
+                wide = wide.narrow(at, 0, (size - 1) * step + gap * (k - 1) + 1)
+        return wide
 
     def squared_norms(self) -> Tensor:
+        if self.transposed:
+            return self._by_outer(lambda block: block.squared_norms())
         positions, patch = self.g.shape[2] * self.g.shape[4:].numel(), torch.Size(self.shape[1:]).numel()
         features = self.rows[1] * self.shape[0] // self.groups
         if positions * (patch + features) < features * patch:  # (few positions: pairs of them cost less than rows)
@@ -115,28 +145,32 @@ class Conv(Block):
     def outer(self) -> Outer:
         """The same block with patches unfolded: a (N, T, groups, I/groups * kernel), g (N, C, T, groups, O/groups)."""
         n, c, frames = self.g.shape[:3]
-        space = self.g.shape[4:]
+        space = self.a.shape[3:] if self.transposed else self.g.shape[4:]
         positions, entries = frames * space.numel(), torch.Size(self.shape[1:]).numel()
-        patches = self._patches().movedim(2, 2 + len(space))  # (N, frames, *space', I, *kernel)
-        a = patches.reshape(n, positions, self.groups, entries)
+        patches = self._patches(space)
+        if self.transposed:  # (N, C, frames, O, *space, *kernel) -> (N, C, frames, *space, O, *kernel)
+            g = patches.movedim(3, 3 + len(space)).reshape(n, c, positions, self.groups, entries)
+            return Outer(self.a.movedim(2, -1).reshape(n, positions, self.groups, self.shape[0] // self.groups), g, self.shape, "io")
+        a = patches.movedim(2, 2 + len(space)).reshape(n, positions, self.groups, entries)  # (N, frames, *space', I, *kernel)
         g = self.g.movedim(3, -1).reshape(n, c, positions, self.groups, self.shape[0] // self.groups)
         return Outer(a, g, self.shape)
 
-    def _patches(self) -> Tensor:
-        """(N, frames, I, *space', *kernel): a strided view of the padded input."""
+    def _patches(self, space: torch.Size) -> Tensor:
+        """(..., *space, *kernel): a strided view of the padded side."""
         x = self._padded()
+        first = x.ndim - len(space)
         for d, (size, step, gap) in enumerate(zip(self.shape[2:], self.stride, self.dilation, strict=True)):
-            x = x.unfold(3 + d, gap * (size - 1) + 1, step)[..., ::gap]
-        cut = tuple(slice(0, size) for size in self.g.shape[4:])
-        return x[(slice(None), slice(None), slice(None), *cut)]
+            x = x.unfold(first + d, gap * (size - 1) + 1, step)[..., ::gap]
+        return x[(slice(None),) * first + tuple(slice(0, size) for size in space)]
 
     def _at(self, samples: slice) -> Conv:
         return replace(self, a=self.a[samples], g=self.g[samples])
 
     def _step(self) -> int:
         """Samples whose patches fit in `ROOM` bytes."""
-        n, _, frames = self.g.shape[:3]
-        each = frames * self.g.shape[4:].numel() * torch.Size(self.shape[1:]).numel() * self.groups * self.a.element_size()
+        n, c, frames = self.g.shape[:3]
+        positions = c * self.a.shape[3:].numel() if self.transposed else self.g.shape[4:].numel()
+        each = frames * positions * torch.Size(self.shape[1:]).numel() * self.groups * self.a.element_size()
         return max(1, min(max(n, 1), ROOM // max(each, 1)))
 
     def _by_outer(self, function: Callable[..., Tensor], *others: Conv) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .._blocks import Block, Dense
+from .._blocks import Block, Dense, size_of
 from .._conv import Conv
 from .._factors import Outer
 from .._gather import Gather
@@ -81,7 +81,7 @@ def _sum(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
 
 
 def _expanded(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
-    if use.known_layout:
+    if use.layout is not None:
         return Dense(g.movedim(1, 0))
     return Dense(_reduced(layout.samples_first(g, n, 1), tuple(use.part.parameter.shape), layout, g.ndim - 1, use))
 
@@ -90,9 +90,11 @@ def _gather(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
     part: Any = use.part
     inner = part.parameter.ndim - 1
     _keep(layout, range(g.ndim - 1 - inner, g.ndim - 1), g.ndim - 1, use)
-    index = layout.samples_first(part.index, n).reshape(n, -1)
-    g = layout.samples_first(g, n, 1)
-    g = g.reshape(n, g.shape[1], index.shape[1], -1)
+    index, g = layout.samples_first(part.index, n), layout.samples_first(g, n, 1)
+    if part.scale is not None:  # (N, C, bags, E) -> (N, C, bags, rows of a bag, E)
+        g = g.unsqueeze(-2) * layout.samples_first(part.scale, n).to(g.dtype).unsqueeze(1)
+    index = index.reshape(n, -1)
+    g = g.reshape(n, g.shape[1], index.shape[1], size_of(part.parameter.shape[1:]))
     shape = tuple(part.parameter.shape)
     return Gather(index, g, (shape[0], g.shape[-1])) if len(shape) == 2 else _Reshaped(Gather(index, g, (shape[0], g.shape[-1])), shape)
 
@@ -103,10 +105,13 @@ def _Reshaped(block: Gather, shape: tuple[int, ...]) -> Block:
 
 def _conv(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
     part: Any = use.part
-    if layout.dim > 0 or part.a.shape[0] != g.shape[1]:
+    if layout.dim > 0 or (layout.dim == 0 and not part.batched) or (part.batched and part.a.shape[0] != g.shape[1]):
         raise Refused(f"{use.operation}: the samples are not along the batch dimension")
     a, g = layout.samples_first(part.a, n), layout.samples_first(g, n, 1)
-    return Conv(a.to(g.dtype), g, tuple(part.parameter.shape), part.stride, part.padding, part.dilation, part.groups)
+    if not part.batched:  # one image alone
+        a, g = a.unsqueeze(1), g.unsqueeze(2)
+    shape = tuple(part.parameter.shape)
+    return Conv(a.to(g.dtype), g, shape, part.stride, part.padding, part.dilation, part.groups, part.transposed)
 
 
 def _reduced(rows: Tensor, shape: tuple[int, ...], layout: Layout, rank: int, use: Use) -> Tensor:

@@ -19,7 +19,7 @@ from . import layout as layouts
 from .build import blocks_of, features
 from .describe import described
 from .known import LAYOUTS, key_of
-from .layout import Layout
+from .layout import Layout, spilt
 from .recorder import Recorder, Refused, Trace, Use
 from .reverse import cotangents, weighted
 from .walk import missed
@@ -98,13 +98,15 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     edges = list(dict.fromkeys(use.edge for use in trace.uses))
     where = {edge: i for i, edge in enumerate(edges)}
     size = problem.size
-    measured = _layouts(problem, values, trace.uses, edges, where)
+    measured = _layouts(problem, values, trace, edges, where)
     found = cotangents(values, [*edges, *inputs], create_graph=problem.create_graph)
     groups: dict[str, list[Block]] = {name: [] for name in wanted}
     for use, placed in zip(trace.uses, measured, strict=True):
         g = found[where[use.edge]]
         if g is None:
             continue
+        if placed.owned is not None and spilt(_canonical(use, g), placed):
+            raise Refused(f"{use.operation}: positions of its output belong to no sample")
         for name, block in blocks_of(use, _canonical(use, g), placed, size, wanted, attached=problem.create_graph).items():
             groups[name].append(block)
     outputs = int(torch.Size(values.shape[1:]).numel())
@@ -134,15 +136,19 @@ def merged(groups: Mapping[str, list[Block]]) -> dict[str, list[Block]]:
     return done
 
 
-def _layouts(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], where: dict[Any, int]) -> list[Layout]:
+def _layouts(problem: Problem, values: Tensor, trace: Trace, edges: list[Any], where: dict[Any, int]) -> list[Layout]:
     """A layout for every use: known in a vmapped run, remembered from an earlier call, or measured by two reverse passes."""
-    n = problem.size
+    n, uses = problem.size, trace.uses
     if n == 0:
         return [Layout(0)] * len(uses)
-    open_uses = [use for use in uses if not use.known_layout and use.order is None]
+    open_uses = [use for use in uses if use.layout is None]
     if not open_uses:
-        return [Layout(0)] * len(uses)
-    key = key_of(problem, [(use.operation, len(use.shape), tuple(s % n == 0 for s in use.shape)) for use in open_uses])
+        return _spread(uses, [])
+    key = (
+        None
+        if trace.routed
+        else key_of(problem, [(use.operation, len(use.shape), tuple(s % n == 0 for s in use.shape)) for use in open_uses])
+    )
     remembered = LAYOUTS.get(key)
     if remembered is not None:
         known = [layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]
@@ -172,7 +178,8 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
             found.append(Layout(0))
             proved = False
             continue
-        layout, sure = layouts.find(one.detach(), two.detach(), weights, features(use.part, len(use.shape)))
+        one, two = (_canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two))
+        layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)))
         if layout is None:
             raise Refused(
                 f"{use.operation}: no dimension of its output of shape {use.shape}, but for the parameter's own, holds {n} samples apart"
@@ -184,11 +191,11 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
 
 def _spread(uses: list[Use], found: list[Layout]) -> list[Layout]:
     rest = iter(found)
-    return [Layout(0) if use.known_layout or use.order is not None else next(rest) for use in uses]
+    return [next(rest) if use.layout is None else use.layout for use in uses]
 
 
 def _canonical(use: Use, g: Tensor) -> Tensor:
-    """(C, *edge shape) with the samples' dimension brought to the front in a vmapped run."""
+    """(C, *edge shape) with mapped dimensions in front, as the block sees it: (C, *use.shape)."""
     if use.order is None:
         return g
     g = g.permute(0, *(1 + d for d in use.order))

@@ -54,7 +54,7 @@ class Layout:
         if self.dim < 0:
             return "one sample"
         if self.owned is not None:
-            return f"dim {self.dim} (measured)"
+            return f"dim {self.dim} (any order)"
         folds = {(False, False): "", (True, False): "k*N", (False, True): "N*k", (True, True): "k*N*j"}[self.outer > 1, self.inner > 1]
         return f"dim {self.dim}" + (f" ({folds})" if folds else "")
 
@@ -113,6 +113,14 @@ def owners(first: Tensor, second: Tensor, weights: Tensor, features: Collection[
         positions = [(here & (sample == i)).nonzero().flatten() for i in range(n)]
         return Layout(dim, owned=torch.nn.utils.rnn.pad_sequence(positions, batch_first=True, padding_value=-1))
     return None
+
+
+def spilt(g: Tensor, layout: Layout) -> bool:
+    """Whether positions that `layout.owned` leaves out have cotangents (C, ...) all the same: measured as zero, they must be."""
+    assert layout.owned is not None
+    left = torch.ones(g.shape[1 + layout.dim], dtype=torch.bool, device=g.device)
+    left[layout.owned[layout.owned >= 0]] = False
+    return bool(left.any()) and bool(g.detach().movedim(1 + layout.dim, 0)[left].any())
 
 
 def pattern(layout: Layout) -> tuple[int, str] | tuple[int, int, int]:

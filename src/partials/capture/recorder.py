@@ -21,7 +21,8 @@ from .. import _compat
 from .._graph import reached
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
-from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, ConvPart, Declined, ExpandedPart, NoRule, Part
+from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, Declined, ExpandedPart, NoRule, Part, Run
+from .layout import Layout
 
 EXPANDS = {
     torch.Tensor.expand,
@@ -33,6 +34,19 @@ EXPANDS = {
     torch.Tensor.tile,
 }
 """Operations that can give a parameter a sample dimension of its own: a class token expanded to the batch."""
+ROUTES = frozenset(
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in (
+        *("index_select", "gather", "take", "take_along_dim", "masked_select", "sort", "argsort", "topk", "nonzero", "argwhere"),
+        *("index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
+        *("index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter_"),
+        *("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose"),
+    )
+    if hasattr(owner, name)
+)
+"""Operations by which data decide where samples go, or what is run: a layout measured for some data is none for others."""
+_PICKS = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _MARK = "_partials_sample"
 
 
@@ -44,11 +58,13 @@ class Use:
     part: Part
     edge: GradientEdge
     shape: tuple[int, ...]
+    """Of the edge's tensor as the block will see it, with mapped dimensions in front."""
     order: tuple[int, ...] | None = None
-    """In a vmapped run: the permutation that brings the batch dimension of the edge's tensor to the front."""
+    """Under vmap: the permutation that brings the mapped dimensions of the edge's tensor to the front."""
     merged: bool = False
-    """In a vmapped run: the batch dimension of one that f saw is merged with the samples."""
-    known_layout: bool = False
+    """Under vmap: the batch dimension that the operation saw is merged with the mapped one."""
+    layout: Layout | None = None
+    """Where the samples are, if that is known: under our own vmap."""
     saved: tuple[tuple[Tensor, int], ...] = ()
     """Tensors that the block will read, with their versions when they were recorded."""
 
@@ -62,6 +78,8 @@ class Trace:
     """Graph node of a recorded edge -> nodes of its data inputs, from which the completeness walk goes on."""
     nested: bool = False
     """f called torch.autograd.grad itself."""
+    routed: bool = False
+    """Where samples go depends on data: layouts hold for this call only."""
     refused: str = ""
     expanded: list[str] = field(default_factory=list)
 
@@ -104,6 +122,8 @@ class Recorder(TorchFunctionMode):
                 self.trace.nested = True
         if depends:
             self._mark(out, func, args)
+            if func in ROUTES or (func in _PICKS and _by_data(args[1])):
+                self.trace.routed = True
         return out
 
     def _scan(self, tensors: list[Tensor]) -> tuple[bool, list[Tensor]]:
@@ -157,9 +177,11 @@ class Recorder(TorchFunctionMode):
         if func in COMPOSITES:
             try:
                 with self:
-                    return COMPOSITES[func](*args, **kwargs, differentiable=self.attached or "vmap" in transforms)
+                    return COMPOSITES[func](Run(self.depends, self.attached or "vmap" in transforms), *args, **kwargs)
             except NoRule as declined:
-                raise Refused(f"{label(func)}: {declined}") from None
+                if not expandable:
+                    raise Refused(f"{label(func)}: {declined}") from None
+                return self._by_expansion(func, args, kwargs, parameters)
         body = _compat.body_of(func) if isinstance(func, FunctionType) else None
         if body is not None:
             with self:
@@ -182,22 +204,30 @@ class Recorder(TorchFunctionMode):
         raw, order = _compat.unwrapped(out)
         if raw._is_view():
             out, raw = _compat.own_memory(out)
-        merged = raw is not out and any(isinstance(part, ConvPart) or getattr(part, "channel", 0) for part in parts)
-        if merged and any(t.ndim and t.shape[0] != 1 for t in (out, *(t for part in parts for t in read_by(part)))):
-            raise NoRule("an operation on one sample without its batch dimension")
+        if raw is out:
+            place = _Place(raw.shape)
+        else:
+            levels, merges = raw.ndim - out.ndim, any(part.batched for part in parts)
+            if merges and levels > 1:
+                raise NoRule("a batch within several vmaps")
+            place = _Place(torch.Size([raw.shape[d] for d in order]), order, levels, merges)
+            parts = [with_data(part, lambda t: self._physical(t, place)) for part in parts]
         edge = get_gradient_edge(raw)
         self.trace.stops[edge.node] = [t.grad_fn for t in self._data(args, kwargs, mine) if t.grad_fn is not None]
         for part in parts:
-            physical = part if raw is out else with_data(part, lambda t: self._physical(t, merged))
-            self._add(func, physical, edge, tuple(raw.shape), order if raw is not out else None, merged=merged)
+            self._add(func, part, edge, place)
         return out
 
-    def _physical(self, t: Tensor, merged: bool) -> Tensor:
-        """The tensor beneath vmap, samples first; with `merged`, the batch dimension of one that f saw is merged with them."""
+    def _physical(self, t: Tensor, place: _Place) -> Tensor:
+        """The tensor beneath vmap with the mapped dimensions of the operation's output in front."""
         raw, order = _compat.unwrapped(t)
         if raw is t:
-            return t.expand(self.size, *t.shape)
-        return raw.permute(order).flatten(0, 1) if merged else raw.permute(order)
+            raw = t.expand(*place.whole[: place.levels], *t.shape)
+        elif raw.ndim - t.ndim != place.levels:
+            raise NoRule("arguments of different vmaps")
+        else:
+            raw = raw.permute(order)
+        return raw.flatten(0, 1) if place.merged else raw
 
     def _at_once(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """An operation that vmap would run sample by sample, on the batch beneath our vmap."""
@@ -205,7 +235,8 @@ class Recorder(TorchFunctionMode):
         one_level = all(raw.ndim - t.ndim == (raw is not t) for raw, t in zip(below, tensors, strict=True))
         if self.level is None or self.level != _compat.current_level() or not one_level:
             return func(*args, **kwargs)
-        whole, named = rebuild((args, kwargs), iter([self._physical(t, merged=False) for t in tensors]))
+        place = _Place(torch.Size([self.size]), levels=1)
+        whole, named = rebuild((args, kwargs), iter([self._physical(t, place) for t in tensors]))
         try:
             return _compat.batched(PHYSICAL[func](*whole, **named), self.level)
         except NoRule:
@@ -238,17 +269,17 @@ class Recorder(TorchFunctionMode):
         for p in parameters:
             if id(p) not in swapped:
                 wide = expand(p)
-                self._record_expanded(func, p, wide, known=self.level is not None)
+                self._record_expanded(func, p, wide)
                 swapped[id(p)] = wide if wrap is None else wrap(wide)
         new_args, new_kwargs = rebuild(
             (args, kwargs), iter([swapped[id(t)] if id(t) in mine else t for t in tensors_in((*args, *kwargs.values()))])
         )
         return func(*new_args, **new_kwargs)
 
-    def _record_expanded(self, func: Any, p: Tensor, wide: Tensor, *, known: bool = False) -> Tensor:
+    def _record_expanded(self, func: Any, p: Tensor, wide: Tensor) -> Tensor:
         edge = get_gradient_edge(wide)
         self.trace.stops[edge.node] = []
-        self._add(func, ExpandedPart(p, wide), edge, tuple(wide.shape), None, known=known)
+        self._add(func, ExpandedPart(p, wide), edge, _Place(wide.shape))
         return wide
 
     def _gains_samples(self, out: Any, before: Tensor) -> bool:
@@ -258,21 +289,31 @@ class Recorder(TorchFunctionMode):
         old = (1,) * (out.ndim - before.ndim) + tuple(before.shape)
         return any(new != size and new % self.size == 0 for size, new in zip(old, out.shape, strict=True))
 
-    def _add(
-        self,
-        func: Any,
-        part: Part,
-        edge: GradientEdge,
-        shape: tuple[int, ...],
-        order: tuple[int, ...] | None,
-        *,
-        merged: bool = False,
-        known: bool = False,
-    ) -> None:
+    def _add(self, func: Any, part: Part, edge: GradientEdge, place: _Place) -> None:
         if not self.attached:
             part = detached(part)
         saved = tuple((t, t._version) for t in read_by(part))
-        self.trace.uses.append(Use(label(func), part, edge, shape, order, merged, known, saved))
+        layout = None if self.level is None else Layout(0, 1, place.whole[1]) if place.merged else Layout(0)
+        self.trace.uses.append(Use(label(func), part, edge, place.shape, place.order, place.merged, layout, saved))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """How an operation's output lies beneath vmap: its shape with the mapped dimensions in front, and how it gets there."""
+
+    whole: torch.Size
+    order: tuple[int, ...] | None = None
+    levels: int = 0
+    merged: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.whole[0] * self.whole[1], *self.whole[2:]) if self.merged else tuple(self.whole)
+
+
+def _by_data(index: Any) -> bool:
+    """Whether an index picks entries by a tensor or a list, not by numbers and slices alone."""
+    return any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,)))
 
 
 def broadcast(shapes: list[torch.Size]) -> tuple[int, ...]:

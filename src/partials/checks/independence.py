@@ -41,11 +41,12 @@ def independence(subject: Subject, call: Call, u: Tensor, first: list[Tensor | N
     second = call.pull(w[:, None] * u, [place.at for place, _ in read])
     worst: dict[str, float] = {}
     for (place, g), again in zip(read, second, strict=True):
-        view = _view(call, place, g, torch.zeros_like(g) if again is None else again, w)
+        again = torch.zeros_like(g) if again is None else again
+        view = _view(call, place, g, again, w)
         if view is not None:
             error = float(view.errors.max())
             if error > subject.tolerance.value:
-                error = _confirm(subject, call, u, view)
+                error = 0.0 if place.dim is None and _in_any_order(g, again, w) else _confirm(subject, call, u, view)
             worst[place.name] = max(worst.get(place.name, 0.0), error)
     for name, error in worst.items():
         subject.row("independence", name, error)
@@ -72,6 +73,18 @@ def _view(call: Call, place: Place, g: Tensor, again: Tensor, w: Tensor) -> _Vie
         if found is None or errors.max() < found.errors.max():
             found = _View(place, by_sample, scale, errors)
     return found
+
+
+def _in_any_order(g: Tensor, again: Tensor, w: Tensor) -> bool:
+    """Whether each position of some dimension belongs to one sample: f may have picked rows by a mask, or read one sample by itself."""
+    rounding = 1e3 * torch.finfo(g.dtype).eps
+    for dim in range(g.ndim):
+        one, two = (t.double().movedim(dim, 0).reshape(t.shape[dim], -1) for t in (g, again))
+        ratio = (one * two).sum(1) / one.square().sum(1)
+        near = w.double()[(w.double() - ratio[:, None]).abs().argmin(1)]
+        if bool(((two - near[:, None] * one).norm(dim=1) <= rounding * one.norm(dim=1)).all()):
+            return True
+    return False
 
 
 def _confirm(subject: Subject, call: Call, u: Tensor, view: _View) -> float:

@@ -97,6 +97,10 @@ def _kept(problem: Problem, odd: list[int]) -> list[int] | None:
 def _row_by_row(identities: Identities, odd: list[int]) -> None:
     """One sample's rows, where sums over samples would not be finite: of the first sample whose rows are, if there is one."""
     subject = identities.sides.subject
+    problem = subject.problem
+    if len(odd) == problem.size > 1 and problem.batched and problem.random_state is None:
+        subject.report.note("the rows of every sample are not finite: they were compared with batches of one alone")
+        return  # (in a backward of the whole batch the others' infinities, times zero, would be everywhere)
     n = next((n for n in range(subject.problem.size) if n not in odd), 0)
     for (check, name), gap in by_rows(identities, n).items():
         subject.row(check, name, gap.error, Where(n))

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from .._compat import transform_of
 from .._typing import Tensor
-from ..rules import COMPOSITES, NoRule
+from ..rules import COMPOSITES, NoRule, Run
 
 
 class Composite(TorchFunctionMode):
@@ -29,7 +30,7 @@ class Composite(TorchFunctionMode):
             return TABLE[func](*args, **kwargs)
         if func in COMPOSITES:
             with suppress(NoRule):
-                return COMPOSITES[func](*args, **kwargs, differentiable=True)
+                return COMPOSITES[func](Run(lambda t: transform_of(t) == "vmap", True), *args, **kwargs)
         return func(*args, **kwargs)
 
 

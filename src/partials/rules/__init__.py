@@ -9,14 +9,15 @@ A rule is a function with the operation's own signature that yields parts (`_par
 
 Arguments that are no wanted parameter may be yielded all the same; they are ignored. For a use that it does not know a rule
 yields `Declined` (or raises `NoRule`), and the operation is then expanded or another method runs. Operations that act entry
-by entry need no formula: they are listed in `elementwise.py`.
+by entry need no formula: they are listed in `elementwise.py`. What can be said in operations that have rules is rewritten in them
+(`contraction.py`).
 """
 
 from __future__ import annotations
 
-from . import attention, conv, elementwise, embedding, linear, norm, recurrent
+from . import attention, contraction, conv, elementwise, embedding, linear, norm, recurrent
 from ._parts import ConvPart, Declined, ExpandedPart, GatherPart, NoRule, OuterPart, Part, SumPart
-from ._table import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, rule
+from ._table import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, Run, rule
 
 __all__ = [
     "COMPOSITES",
@@ -30,8 +31,10 @@ __all__ = [
     "NoRule",
     "OuterPart",
     "Part",
+    "Run",
     "SumPart",
     "attention",
+    "contraction",
     "conv",
     "elementwise",
     "embedding",

@@ -24,6 +24,7 @@ class OuterPart:
     groups: int = 0
     """Dimensions of the parameter before its last two: a matrix for each index, shared by all samples."""
     scale: float = 1.0
+    batched = False
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,29 @@ class SumPart:
     """Where not 0: the parameter lies along this (negative) dimension of z and is 1-D."""
     scale: float = 1.0
 
+    @property
+    def batched(self) -> bool:
+        """Whether `times` wants the operation's own batch dimension in front."""
+        return self.times is not None and self.channel != 0
+
 
 @dataclass(frozen=True)
 class GatherPart:
-    """J adds g[t] to row index[t]; a negative index adds nothing."""
+    """J adds g[t] to row index[t]; a negative index adds nothing.
+
+    With `scale`, t is a bag of rows: J adds scale[t, k] * g[t] to row index[t, k] for each k. The scale's last dimension is 1, or the
+    features of a row where each of them has its own.
+    """
 
     parameter: Tensor
     index: Tensor
+    scale: Tensor | None = None
+    batched = False
 
 
 @dataclass(frozen=True)
 class ConvPart:
-    """J = correlation of the input's patches with g: a convolution's weight."""
+    """J = correlation of the input's patches with g: a convolution's weight; of g's patches with the input where it is transposed."""
 
     parameter: Tensor
     a: Tensor
@@ -57,6 +69,12 @@ class ConvPart:
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
+    transposed: bool = False
+
+    @property
+    def batched(self) -> bool:
+        """Whether the operation has a batch dimension of its own."""
+        return self.a.ndim == len(self.stride) + 2
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,7 @@ class ExpandedPart:
 
     parameter: Tensor
     expanded: Tensor = field(repr=False)
+    batched = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,7 @@ class Declined:
 
     parameter: Tensor
     reason: str
+    batched = False
 
 
 Part = OuterPart | SumPart | GatherPart | ConvPart | ExpandedPart | Declined

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .._errors import InputError
+from .._typing import Tensor
 from ._parts import Part
 
 Rule = Callable[..., Iterable[Part]]
@@ -20,12 +22,22 @@ PHYSICAL: dict[Any, Callable[..., Any]] = {}
 """Operations that torch's vmap runs sample by sample, as functions of whole batches: all tensors are (N, ...), also the result."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a composite rule may ask of the run that it is part of."""
+
+    of_samples: Callable[[Tensor], bool]
+    """Whether a tensor depends on the samples."""
+    differentiable: bool
+    """Derivatives of the derivative are wanted, or a `vmap` runs: only operations that torch knows will do."""
+
+
 def rule(*operations: Any, override: bool = False, composite: bool = False) -> Callable[[R], R]:
     """Register a rule for torch functions, methods, or custom operations: how their parameters' derivatives come about.
 
     The decorated function has the operation's signature and yields parts (see `partials.rules`). With `composite`, it returns the
-    operation's result instead, computed by operations that have rules, and takes one keyword more: `differentiable`, which is true
-    where derivatives of the derivative are wanted or a `vmap` runs, so that only operations that torch knows will do.
+    operation's result instead, computed by operations that have rules, and takes a `Run` before the operation's arguments; it raises
+    `NoRule` before it has computed anything where it does not know them.
 
     Raises
     ------

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 
 from .._typing import Tensor
 from ._parts import NoRule
-from ._table import PHYSICAL, rule
+from ._table import PHYSICAL, Run, rule
 
 attention = F.scaled_dot_product_attention
 
 
 @rule(attention, composite=True)
 def with_parameters(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, differentiable: bool, **options: Any
+    run: Run, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **options: Any
 ) -> Tensor:
     """A parameter among the arguments (a learned bias on the scores, learned queries) is added to zeros that the samples own."""
     given = [t for t in (query, key, value, attn_mask) if t is not None]

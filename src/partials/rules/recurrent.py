@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from .._typing import Tensor
 from ._parts import NoRule, OuterPart, SumPart
-from ._scan import Layer, Walked, joined, recurrent_product, walk
-from ._table import rule
+from ._scan import Layer, joined, recurrent_product, walk
+from ._table import Run, rule
 
 States = tuple[Tensor, ...]
 """(h,) or (h, c)."""
@@ -37,13 +37,13 @@ def _recurrent_product(input: Tensor, weight: Tensor, bias: Tensor | None = None
 def _network(kind: str) -> Callable[..., tuple[Tensor, ...]]:
     """`torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu`, for padded and for packed sequences."""
 
-    def network(*args: Any, differentiable: bool, **named: Any) -> tuple[Tensor, ...]:
+    def network(run: Run, *args: Any, **named: Any) -> tuple[Tensor, ...]:
         if named:
             raise NoRule("called with keyword arguments")
         _plain_precision()
         if isinstance(args[3], list | tuple):  # data, batch sizes, state, weights, ...
-            return _stack(kind, *args, False, differentiable=differentiable)
-        return _stack(kind, args[0], None, *args[1:], differentiable=differentiable)
+            return _stack(kind, *args, False, run.differentiable)
+        return _stack(kind, args[0], None, *args[1:], run.differentiable)
 
     return network
 
@@ -60,7 +60,6 @@ def _stack(
     train: bool,
     bidirectional: bool,
     batch_first: bool,
-    *,
     differentiable: bool,
 ) -> tuple[Tensor, ...]:
     """All layers: (T, B, I) or packed (R, I) to the last one's output, and the final states (layers * directions, B, H)."""
@@ -87,7 +86,14 @@ def _stack(
 
 
 def _direction(
-    kind: str, x: Tensor, first: States, weights: Sequence[Tensor], biases: bool, sizes: tuple[int, ...], reverse: bool, differentiable: bool
+    kind: str,
+    x: Tensor,
+    first: States,
+    weights: Sequence[Tensor],
+    biases: bool,
+    sizes: tuple[int, ...],
+    reverse: bool,
+    differentiable: bool,
 ) -> tuple[Tensor, States]:
     w_input, w_hidden, b_input, b_hidden = (*weights[:2], *(weights[2:4] if biases else (None, None)))
     projection = weights[-1] if len(weights) in (3, 5) else None
@@ -146,16 +152,7 @@ def _cell(kind: str, x: Tensor, hidden: Tensor, state: States) -> States:
 def _one_step(kind: str) -> Callable[..., Any]:
     """`torch.lstm_cell`, `torch.gru_cell`, `torch.rnn_tanh_cell` or `torch.rnn_relu_cell`."""
 
-    def cell(
-        input: Tensor,
-        hx: Any,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None = None,
-        b_hh: Tensor | None = None,
-        *,
-        differentiable: bool,
-    ) -> Any:
+    def cell(run: Run, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None) -> Any:
         _plain_precision()
         state = tuple(_of_samples(s, input) for s in ([hx] if isinstance(hx, Tensor) else hx))
         new = _cell(kind, F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
