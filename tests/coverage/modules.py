@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from partials._signature import rebuild, walk
+from partials._signature import walk
 from tests.coverage.judge import Call
 
 N = 3
@@ -36,7 +36,9 @@ class Case:
 
     def __str__(self) -> str:
         mode = "train" if self.training else "eval"
-        return f"{self.module}[{self.index}] {mode}{' grad' if self.requires_grad else ''}{'' if self.style == 'batch' else ' ' + self.style}"
+        return (
+            f"{self.module}[{self.index}] {mode}{' grad' if self.requires_grad else ''}{'' if self.style == 'batch' else ' ' + self.style}"
+        )
 
 
 def projected(out: torch.Tensor, batched: bool) -> torch.Tensor:
@@ -148,7 +150,9 @@ def is_single(module: nn.Module, item: Any) -> bool:
         return first.ndim == 2
     if isinstance(module, CELLS):
         return first.ndim == 1
-    return first.ndim == 0 or "no_batch_dim" in item.desc or (type(module).__name__ in SINGLE and first.ndim == SINGLE[type(module).__name__])
+    return (
+        first.ndim == 0 or "no_batch_dim" in item.desc or (type(module).__name__ in SINGLE and first.ndim == SINGLE[type(module).__name__])
+    )
 
 
 SINGLE = {
@@ -190,9 +194,7 @@ def gathered(trees: list[Any], dims: list[Any], single: bool) -> list[torch.Tens
             found.append(shared[0] if shared.ndim == 3 else shared)  # a mask for each head: one for all
         elif single:
             found.append(torch.stack(column, dim))
-        elif column[0].ndim == 0:
-            found.append(column[0])
-        elif column[0].shape[dim] == 0:
+        elif column[0].ndim == 0 or column[0].shape[dim] == 0:
             found.append(column[0])
         else:
             found.append(torch.cat(column, dim).narrow(dim, 0, N))

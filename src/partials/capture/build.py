@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from .._blocks import Block, Dense, size_of
@@ -12,7 +13,7 @@ from .._gather import Gather
 from .._graph import reached
 from .._pullback import carried
 from .._typing import Tensor
-from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, SumPart
+from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, Part, SumPart
 from .layout import Layout
 from .recorder import Refused, Use
 
@@ -23,6 +24,22 @@ def blocks_of(use: Use, g: Tensor, layout: Layout, n: int, wanted: Mapping[str, 
     derived = use.part.parameter
     names = [name for name, t in wanted.items() if t is derived] or sorted(reached(derived, wanted))
     return {name: carried(block, derived, wanted[name], attached=attached) for name in names}
+
+
+def features(part: Part, rank: int) -> set[int]:
+    """Dimensions of the operation's output, of `rank` dimensions, along which the parameter has entries of its own: never the samples'."""
+    if isinstance(part, OuterPart):
+        if part.order == "i":
+            return set()
+        return {*range(rank - 2 - part.groups, rank - 2), rank - 2 if part.transposed else rank - 1}
+    if isinstance(part, GatherPart):
+        return set(range(rank - part.parameter.ndim + 1, rank))
+    if isinstance(part, ConvPart):
+        return set(range(1, rank))
+    if isinstance(part, SumPart) and part.channel:
+        return {rank + part.channel}
+    shape = part.parameter.shape
+    return {rank - len(shape) + d for d, size in enumerate(shape) if size != 1}
 
 
 def _outer(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
@@ -114,7 +131,7 @@ def _scaled(rows: Tensor, scale: float) -> Tensor:
 def _swapped(layout: Layout, rank: int) -> Layout:
     """The layout after the last two of `rank` dimensions change places."""
     other = {rank - 1: rank - 2, rank - 2: rank - 1}.get(layout.dim, layout.dim)
-    return Layout(other, layout.outer, layout.inner)
+    return replace(layout, dim=other)
 
 
 def _keep(layout: Layout, taken: Any, last: int, use: Use) -> None:

@@ -22,7 +22,9 @@ def described(
         Line(
             parameter=names.get(id(use.part.parameter), "(computed)"),
             operation=use.operation,
-            rule="expansion" if use.layout is not None and isinstance(use.part, ExpandedPart) else type(use.part).__name__.removesuffix("Part").lower(),
+            rule="expansion"
+            if use.layout is not None and isinstance(use.part, ExpandedPart)
+            else type(use.part).__name__.removesuffix("Part").lower(),
             layout=place if runner == "native" else runner,
             formula=formula(use.part, prod(use.shape) // max(size, 1)),
             bytes=held(use),

@@ -16,7 +16,7 @@ from .._problem import Problem
 from .._typing import Tensor
 from ..methods._base import Computed
 from . import layout as layouts
-from .build import blocks_of
+from .build import blocks_of, features
 from .describe import described
 from .known import LAYOUTS, key_of
 from .layout import Layout, spilt
@@ -105,7 +105,7 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
         g = found[where[use.edge]]
         if g is None:
             continue
-        if placed.places is not None and spilt(_canonical(use, g), placed):
+        if placed.owned is not None and spilt(_canonical(use, g), placed):
             raise Refused(f"{use.operation}: positions of its output belong to no sample")
         for name, block in blocks_of(use, _canonical(use, g), placed, size, wanted, attached=problem.create_graph).items():
             groups[name].append(block)
@@ -144,7 +144,11 @@ def _layouts(problem: Problem, values: Tensor, trace: Trace, edges: list[Any], w
     open_uses = [use for use in uses if use.layout is None]
     if not open_uses:
         return _spread(uses, [])
-    key = None if trace.routed else key_of(problem, [(use.operation, len(use.shape), tuple(s % n == 0 for s in use.shape)) for use in open_uses])
+    key = (
+        None
+        if trace.routed
+        else key_of(problem, [(use.operation, len(use.shape), tuple(s % n == 0 for s in use.shape)) for use in open_uses])
+    )
     remembered = LAYOUTS.get(key)
     if remembered is not None:
         known = [layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]
@@ -174,9 +178,12 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
             found.append(Layout(0))
             proved = False
             continue
-        layout, sure = layouts.find(*(_canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two)), weights)
+        one, two = (_canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two))
+        layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)))
         if layout is None:
-            raise Refused(f"{use.operation}: no dimension of its output of shape {use.shape} holds {n} samples apart")
+            raise Refused(
+                f"{use.operation}: no dimension of its output of shape {use.shape}, but for the parameter's own, holds {n} samples apart"
+            )
         found.append(layout)
         proved &= sure
     return found, proved

@@ -3,11 +3,16 @@
 A layout says that dimension `dim` has size outer * N * inner, sample-major between: position i of it belongs to sample
 (i // inner) % N. It is measured, never guessed from sizes: the reverse pass runs with Gaussian seeds U and with w_n U,
 w_n = 1 + n / N; a layout is right where the second cotangent is w_n times the first at every position that it gives to n.
+
+Where no regular layout fits, the ratio of the two names the sample of each position by itself: samples in another order, or of
+different lengths (packed sequences).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from math import log
 from typing import Any
 
 import torch
@@ -17,6 +22,9 @@ from .._typing import Tensor
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Of the largest cotangent. Rounding is 1e-6 of it in float32; a wrong layout is off by the spread of w, about 0.3."""
 
+CHANCE = 1e-6
+"""Below which the ratios of all positions are no accident."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -25,18 +33,18 @@ class Layout:
     dim: int
     outer: int = 1
     inner: int = 1
-    places: Tensor | None = None
-    """Where positions of `dim` belong to samples in no order: those of each sample, (N, most), filled up with -1."""
+    owned: Tensor | None = field(default=None, compare=False)
+    """(N, K): the positions of each sample where they follow no rule, -1 where it has fewer than K."""
 
     def samples_first(self, t: Tensor, n: int, lead: int = 0) -> Tensor:
         """(*lead, ..., outer * N * inner, ...) -> (N, *lead, ..., outer * inner, ...): all other dimensions keep their order."""
         if self.dim < 0:
             return t.unsqueeze(0)
         at = lead + self.dim
-        if self.places is not None:
-            taken = t.index_select(at, self.places.clamp_min(0).flatten()).unflatten(at, self.places.shape)
-            filled = (self.places < 0).reshape(*(1,) * at, *self.places.shape, *(1,) * (taken.ndim - at - 2))
-            return taken.masked_fill(filled, 0).movedim(at, 0)
+        if self.owned is not None:
+            rows = t.index_select(at, self.owned.clamp_min(0).flatten()).unflatten(at, tuple(self.owned.shape)).movedim(at, 0)
+            absent = (self.owned < 0).reshape(n, *(1,) * at, -1, *(1,) * (t.ndim - 1 - at))
+            return rows.masked_fill(absent, 0)
         if self.outer == self.inner == 1:
             return (t.transpose(0, at) if at < 2 else t.movedim(at, 0)).unsqueeze(at + 1)
         parts = t.unflatten(at, (self.outer, n, self.inner)).movedim(at + 1, 0)
@@ -45,7 +53,7 @@ class Layout:
     def __str__(self) -> str:
         if self.dim < 0:
             return "one sample"
-        if self.places is not None:
+        if self.owned is not None:
             return f"dim {self.dim} (any order)"
         folds = {(False, False): "", (True, False): "k*N", (False, True): "N*k", (True, True): "k*N*j"}[self.outer > 1, self.inner > 1]
         return f"dim {self.dim}" + (f" ({folds})" if folds else "")
@@ -70,57 +78,49 @@ def fits(layout: Layout, first: Tensor, second: Tensor, weights: Tensor) -> bool
     return bool((two - weights[:, None] * one).abs().max() <= TOLERANCE.get(first.dtype, 3e-2) * scale)
 
 
-def find(first: Tensor, second: Tensor, weights: Tensor) -> tuple[Layout | None, bool]:
-    """The layout of one edge's cotangents, and whether it is proved: zero cotangents fit every layout and prove none."""
-    n = len(weights)
-    possible = candidates(tuple(first.shape), n)
-    informative = bool((first != 0).any())
-    for layout in possible:
-        if not informative or fits(layout, first, second, weights):
-            return layout, informative and n > 1
-    return scattered(first, second, weights), False
+def find(first: Tensor, second: Tensor, weights: Tensor, features: Collection[int] = ()) -> tuple[Layout | None, bool]:
+    """The layout of one edge's cotangents, and whether it is proved: zeros fit every layout, and what fits two proves neither.
 
-
-def scattered(first: Tensor, second: Tensor, weights: Tensor) -> Layout | None:
-    """A dimension whose positions each belong to one sample, in any order and number: rows picked by a mask, packed or sorted sequences.
-
-    Each position's own ratio must name its sample beyond doubt. A position whose cotangents are zero belongs to nobody.
+    `features`: dimensions that hold features of the operation, so no samples.
     """
     n = len(weights)
-    for dim in range(first.ndim):
-        one, two = (t.movedim(dim, 0).reshape(t.shape[dim], -1).to(weights.dtype) for t in (first, second))
-        square = one.square().sum(1)
-        ratio = (one * two).sum(1) / square
-        owner = ((ratio - 1) * n).round()
-        known = square > 0
-        sure = ((ratio - 1) * n - owner).abs() < 0.1
-        if not bool((~known | (sure & (owner >= 0) & (owner < n))).all()) or not bool(known.any()):
+    possible = [layout for layout in candidates(tuple(first.shape), n) if layout.dim not in features]
+    if not bool((first != 0).any()):
+        return (possible[0] if possible else None), False
+    fitting = [layout for layout in possible if fits(layout, first, second, weights)]
+    if fitting:
+        return fitting[0], len(fitting) == 1 and n > 1
+    return owners(first, second, weights, features), False
+
+
+def owners(first: Tensor, second: Tensor, weights: Tensor, features: Collection[int] = ()) -> Layout | None:
+    """The layout that gives each position along one dimension to the sample that its own ratio names; None where a ratio names none."""
+    n, one, two = len(weights), first.to(weights.dtype), second.to(weights.dtype)
+    tolerance = min(TOLERANCE.get(first.dtype, 3e-2), 0.1 / n)
+    for dim, size in enumerate(first.shape):
+        if dim in features:
             continue
-        owner = owner.where(known, owner.new_zeros(())).long()
-        apart = (two - weights[owner][:, None] * one).abs().max()
-        if bool(apart <= TOLERANCE.get(first.dtype, 3e-2) * two.abs().max()):
-            return Layout(dim, places=_places(owner, known, n))
+        a, b = (t.movedim(dim, 0).reshape(size, -1) for t in (one, two))
+        length = a.square().sum(1)
+        here = length > 0
+        sample = (((a * b).sum(1) / length.masked_fill(~here, 1) - 1) * n).round().long()
+        if not bool(((sample >= 0) & (sample < n))[here].all()):
+            continue
+        misfit = (b - weights[sample.clamp(0, n - 1)][:, None] * a).square().sum(1)
+        by_chance = int(here.sum()) * log(2 * n) + int((a != 0).sum()) * log(tolerance)  # (its logarithm, were the ratios random)
+        if bool((misfit > tolerance**2 * length).any()) or by_chance > log(CHANCE):
+            continue
+        positions = [(here & (sample == i)).nonzero().flatten() for i in range(n)]
+        return Layout(dim, owned=torch.nn.utils.rnn.pad_sequence(positions, batch_first=True, padding_value=-1))
     return None
 
 
 def spilt(g: Tensor, layout: Layout) -> bool:
-    """Whether positions that `layout.places` leaves out have cotangents (C, ...) all the same: measured as zero, they must be."""
-    assert layout.places is not None
+    """Whether positions that `layout.owned` leaves out have cotangents (C, ...) all the same: measured as zero, they must be."""
+    assert layout.owned is not None
     left = torch.ones(g.shape[1 + layout.dim], dtype=torch.bool, device=g.device)
-    left[layout.places[layout.places >= 0]] = False
+    left[layout.owned[layout.owned >= 0]] = False
     return bool(left.any()) and bool(g.detach().movedim(1 + layout.dim, 0)[left].any())
-
-
-def _places(owner: Tensor, known: Tensor, n: int) -> Tensor:
-    """(N, most): the positions of each sample in their order, then -1."""
-    positions = known.nonzero().flatten()
-    owner = owner[positions]
-    order = owner.argsort(stable=True)
-    counts = torch.bincount(owner, minlength=n)
-    rank = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]
-    places = owner.new_full((n, int(counts.max())), -1)
-    places[owner[order], rank] = positions[order]
-    return places
 
 
 def pattern(layout: Layout) -> tuple[int, str] | tuple[int, int, int]:

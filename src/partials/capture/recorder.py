@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from .. import _compat
 from .._graph import reached
+from .._probe import UNBATCHED
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
-from ..rules import ELEMENTWISE, REWRITES, RULES, Declined, ExpandedPart, NoRule, Part
-from .._probe import UNBATCHED
+from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, Declined, ExpandedPart, NoRule, Part, Run
 from .layout import Layout
 
 EXPANDS = {
@@ -120,7 +120,7 @@ class Recorder(TorchFunctionMode):
             elif func not in EXPANDS or self.expand_unknown:
                 out = func(*args, **kwargs)
         else:
-            out = func(*args, **kwargs)
+            out = self._at_once(func, args, kwargs, tensors) if depends and func in PHYSICAL else func(*args, **kwargs)
             if func is torch.autograd.grad:
                 self.trace.nested = True
         if depends:
@@ -181,10 +181,10 @@ class Recorder(TorchFunctionMode):
         if func in ELEMENTWISE and not expandable:
             shape = broadcast([t.shape for t in tensors])
             return self._with_expanded(func, args, kwargs, parameters, lambda p: p.expand(shape) if p.shape != shape else p.view_as(p))
-        if func in REWRITES:
+        if func in COMPOSITES:
             try:
                 with self:
-                    return REWRITES[func](self.depends, *args, **kwargs)
+                    return COMPOSITES[func](Run(self.depends, self.attached or "vmap" in transforms), *args, **kwargs)
             except NoRule as declined:
                 if not expandable:
                     raise Refused(f"{label(func)}: {declined}") from None
@@ -235,6 +235,19 @@ class Recorder(TorchFunctionMode):
         else:
             raw = raw.permute(order)
         return raw.flatten(0, 1) if place.merged else raw
+
+    def _at_once(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """An operation that vmap would run sample by sample, on the batch beneath our vmap."""
+        below = [_compat.unwrapped(t)[0] for t in tensors]
+        one_level = all(raw.ndim - t.ndim == (raw is not t) for raw, t in zip(below, tensors, strict=True))
+        if self.level is None or self.level != _compat.current_level() or not one_level:
+            return func(*args, **kwargs)
+        place = _Place(torch.Size([self.size]), levels=1)
+        whole, named = rebuild((args, kwargs), iter([self._physical(t, place) for t in tensors]))
+        try:
+            return _compat.batched(PHYSICAL[func](*whole, **named), self.level)
+        except NoRule:
+            return func(*args, **kwargs)
 
     def _data(self, args: Any, kwargs: Any, mine: set[int]) -> list[Tensor]:
         return [_compat.unwrapped(t)[0] for t in tensors_in((*args, *kwargs.values())) if id(t) not in mine]

@@ -75,7 +75,7 @@ def call(problem: Problem, *, reading: bool = False) -> Call:
 def _run(problem: Problem, *, reading: bool) -> Call:
     tensors = stand_ins(problem)
     leaves, places, sources = _leaves(problem) if reading else (problem.given, [], {})
-    marks = Marks(sources, problem.size) if sources else None
+    marks = Marks(sources, problem.size, [place.at for place in places if isinstance(place.at, Tensor)]) if sources else None
     with drawn_from(problem.random_state, problem.targets[0].tensor.device), marks or nullcontext():
         out = problem(tensors, leaves)
     out = check_output(out, problem.size, problem.name, batched=problem.batched)

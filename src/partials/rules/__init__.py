@@ -15,13 +15,14 @@ by entry need no formula: they are listed in `elementwise.py`. What can be said 
 
 from __future__ import annotations
 
-from . import contraction, conv, elementwise, embedding, linear, norm
+from . import attention, contraction, conv, elementwise, embedding, linear, norm, recurrent
 from ._parts import ConvPart, Declined, ExpandedPart, GatherPart, NoRule, OuterPart, Part, SumPart
-from ._table import ELEMENTWISE, REWRITES, RULES, rewrite, rule
+from ._table import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, Run, rule
 
 __all__ = [
+    "COMPOSITES",
     "ELEMENTWISE",
-    "REWRITES",
+    "PHYSICAL",
     "RULES",
     "ConvPart",
     "Declined",
@@ -30,13 +31,15 @@ __all__ = [
     "NoRule",
     "OuterPart",
     "Part",
+    "Run",
     "SumPart",
+    "attention",
     "contraction",
     "conv",
     "elementwise",
     "embedding",
     "linear",
     "norm",
-    "rewrite",
+    "recurrent",
     "rule",
 ]

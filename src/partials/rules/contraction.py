@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -13,25 +13,24 @@ import torch.nn.functional as F
 from .. import _compat
 from .._typing import Tensor
 from ._parts import NoRule
-from ._table import rewrite
+from ._table import Run, rule
 
-OfSamples = Callable[[Tensor], bool]
 Labels = tuple[Hashable, ...]
 
 
-@rewrite(torch.einsum)
-def einsum(of_samples: OfSamples, equation: Any, *operands: Any) -> Tensor:
+@rule(torch.einsum, composite=True)
+def einsum(run: Run, equation: Any, *operands: Any) -> Tensor:
     """Operands are taken in their order: what is left over of the earlier ones, times the next one."""
     if not isinstance(equation, str):
         equation, operands = _lettered((equation, *operands))
     if len(operands) == 1 and isinstance(operands[0], tuple | list):
         operands = tuple(operands[0])
     labels, output = _parsed(equation, operands)
-    return _contracted(of_samples, [_Labelled(t, of) for t, of in zip(operands, labels, strict=True)], output)
+    return _contracted(run, [_Labelled(t, of) for t, of in zip(operands, labels, strict=True)], output)
 
 
-@rewrite(torch.tensordot)
-def tensordot(of_samples: OfSamples, a: Tensor, b: Tensor, dims: Any = 2, out: Any = None) -> Tensor:
+@rule(torch.tensordot, composite=True)
+def tensordot(run: Run, a: Tensor, b: Tensor, dims: Any = 2, out: Any = None) -> Tensor:
     if out is not None:
         raise NoRule("a result written into out=")
     if isinstance(dims, Tensor):
@@ -44,31 +43,31 @@ def tensordot(of_samples: OfSamples, a: Tensor, b: Tensor, dims: Any = 2, out: A
     for i, j in zip(left, right, strict=True):
         of_b[j] = of_a[i]
     output = tuple(n for d, n in enumerate(of_a) if d not in left) + tuple(n for d, n in enumerate(of_b) if d not in right)
-    return _contracted(of_samples, [_Labelled(a, tuple(of_a)), _Labelled(b, tuple(of_b))], output)
+    return _contracted(run, [_Labelled(a, tuple(of_a)), _Labelled(b, tuple(of_b))], output)
 
 
-@rewrite(torch.inner, torch.Tensor.inner)
-def inner(of_samples: OfSamples, input: Tensor, other: Tensor) -> Tensor:
-    return input * other if input.ndim == 0 or other.ndim == 0 else tensordot(of_samples, input, other, ([-1], [-1]))
+@rule(torch.inner, torch.Tensor.inner, composite=True)
+def inner(run: Run, input: Tensor, other: Tensor) -> Tensor:
+    return input * other if input.ndim == 0 or other.ndim == 0 else tensordot(run, input, other, ([-1], [-1]))
 
 
-@rewrite(torch.outer, torch.Tensor.outer, torch.ger, torch.Tensor.ger)
-def outer(of_samples: OfSamples, input: Tensor, vec2: Tensor) -> Tensor:
+@rule(torch.outer, torch.Tensor.outer, torch.ger, torch.Tensor.ger, composite=True)
+def outer(run: Run, input: Tensor, vec2: Tensor) -> Tensor:
     return input.unsqueeze(-1) * vec2
 
 
-@rewrite(torch.addmv, torch.Tensor.addmv)
-def addmv(of_samples: OfSamples, input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+@rule(torch.addmv, torch.Tensor.addmv, composite=True)
+def addmv(run: Run, input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     return beta * input + alpha * (mat @ vec)
 
 
-@rewrite(torch.linalg.multi_dot, torch.chain_matmul)
-def multi_dot(of_samples: OfSamples, *tensors: Any) -> Tensor:
+@rule(torch.linalg.multi_dot, torch.chain_matmul, composite=True)
+def multi_dot(run: Run, *tensors: Any) -> Tensor:
     return reduce(torch.matmul, tensors[0] if isinstance(tensors[0], tuple | list) else tensors)
 
 
-@rewrite(F.linear_cross_entropy)
-def linear_cross_entropy(of_samples: OfSamples, input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+@rule(F.linear_cross_entropy, composite=True)
+def linear_cross_entropy(run: Run, input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     """All logits at once: chunks save memory within one call, by a fused derivative that shows no use."""
     found: Tensor = _compat.body_of(F.linear_cross_entropy)(input, linear_weight, target, **{**options, "options": None})
     if options.get("options") is None or options.get("reduction", "mean") != "mean":
@@ -96,7 +95,7 @@ class _Labelled:
         return _Labelled(self.tensor.sum(gone), tuple(label for label in self.labels if label in keep))
 
 
-def _contracted(of_samples: OfSamples, operands: list[_Labelled], output: Labels) -> Tensor:
+def _contracted(run: Run, operands: list[_Labelled], output: Labels) -> Tensor:
     sizes: dict[Hashable, int] = {}
     for operand in operands:
         for label, size in zip(operand.labels, operand.tensor.shape, strict=True):
@@ -105,13 +104,13 @@ def _contracted(of_samples: OfSamples, operands: list[_Labelled], output: Labels
     found = operands[0]
     for at, operand in enumerate(operands[1:], 1):
         keep = set(output).union(*(later.labels for later in operands[at + 1 :]))
-        found = _product(of_samples, found.summed(keep | set(operand.labels)), operand.summed(keep | set(found.labels)), keep)
+        found = _product(run, found.summed(keep | set(operand.labels)), operand.summed(keep | set(found.labels)), keep)
     return found.summed(set(output)).arranged(output)
 
 
-def _product(of_samples: OfSamples, a: _Labelled, b: _Labelled, keep: set[Hashable]) -> _Labelled:
+def _product(run: Run, a: _Labelled, b: _Labelled, keep: set[Hashable]) -> _Labelled:
     """Two tensors times each other: `a @ b` with batches, or entry by entry where nothing is summed."""
-    if of_samples(b.tensor) and not of_samples(a.tensor):
+    if run.of_samples(b.tensor) and not run.of_samples(a.tensor):
         a, b = b, a
     both = [label for label in b.labels if label in a.labels]
     batch, summed = [n for n in both if n in keep], [n for n in both if n not in keep]

@@ -154,6 +154,7 @@ def test_hooking_the_layers_of_such_a_residual_is_the_classic_error():
         lambda h: F.batch_norm(h, None, None, training=True),
         lambda h: h.cumsum(0),
         lambda h: h.flip(0) + h,
+        lambda h: h.flip(0),
     ],
 )
 def test_mixing_is_found(mixing):
@@ -171,11 +172,38 @@ def test_a_wrong_layout_is_not_accepted():
     assert find(folded, folded * weights.repeat_interleave(4)[:, None], weights)[0] == Layout(0, 1, 4)
     assert find(folded, folded * weights.repeat(4)[:, None], weights)[0] == Layout(0, 4, 1)
     shuffled, sure = find(folded, folded * weights.repeat_interleave(4)[torch.randperm(4 * N)][:, None], weights)
-    assert shuffled.places.shape == (N, 4) and not sure
+    assert shuffled.owned.shape == (N, 4) and not sure
     mixed = weights.repeat_interleave(4)
     mixed[3] += 0.3 / N
     assert find(folded, folded * mixed[:, None], weights)[0] is None
     assert find(folded, folded * weights.repeat_interleave(4)[:, None] + 1e-6 * folded.roll(5, 0), weights)[0] is None
+
+
+def test_positions_in_any_order_are_measured_one_by_one():
+    weights = 1 + torch.arange(N, dtype=torch.float64) / N
+    owner = torch.arange(N).repeat_interleave(torch.tensor([1, 4, 2, 3, 1, 5])[:N])[torch.randperm(16)]
+    g = torch.randn(2, 16, 3, dtype=torch.float64)
+    g[:, 3] = 0  # (says nothing, so belongs to nobody)
+    layout, proved = find(g, g * weights[owner][:, None], weights)
+    rows = layout.samples_first(g, N)
+    assert layout.dim == 1
+    assert not proved
+    for n in range(N):
+        mine = [r for r in range(16) if owner[r] == n and r != 3]
+        assert torch.equal(rows[n][:, : len(mine)], g[:, mine])
+        assert not rows[n][:, len(mine) :].any()
+    mixed = g * weights[owner][:, None] + 1e-6 * torch.randn_like(g)
+    assert find(g, mixed, weights)[0] is None
+
+
+def test_what_fits_two_layouts_proves_neither():
+    weights = 1 + torch.arange(N, dtype=torch.float64) / N
+    g = torch.zeros(N, N, 3, dtype=torch.float64)
+    g[range(N), range(N)] = torch.randn(N, 3, dtype=torch.float64)
+    layout, proved = find(g, g * weights[:, None, None], weights)
+    assert layout == Layout(0)
+    assert not proved
+    assert find(g, g * weights[:, None, None], weights, {0})[0] == Layout(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

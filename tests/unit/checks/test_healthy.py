@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +91,9 @@ def test_differences_fall_by_four():
     net, inputs = healthy("mlp_tanh", 0, torch.float64)
     note = next(note for note in pt.check(net, *inputs, level="deep").notes if "fell by" in note)
     assert abs(float(note.split("fell by ")[1].split()[0]) - 4) < 0.1
+
+
+def test_the_docs_show_the_worst():
+    text = (Path(__file__).parents[3] / "docs" / "checks.md").read_text(encoding="utf-8")
+    columns = ([f"`{name}`" for name in WORST], ["---:"] * len(WORST), [str(worst) for worst in WORST.values()])
+    assert "\n".join(f"| {' | '.join(cells)} |" for cells in columns) in text
