@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._eligible import demand_values
 from ._errors import InputError, listed
 from ._output import Picker, check_output
 from ._signature import Leaf, argument_names, batch_size, checked_dim, explicit_dims, lookup, rebuild, usable
@@ -179,6 +180,7 @@ def normalise(
         raise InputError(f"randomness={randomness!r} is unknown", got=repr(randomness), expected=f"one of: {listed(RANDOMNESS)}")
     args, kwargs = tuple(args), dict(kwargs)
     names = argument_names(f, len(args) - has_target) + ["target"] * has_target
+    demand_values("input", arguments_of(names, args, kwargs))
     arguments = [(name, usable(tensor)) for name, tensor in arguments_of(names, args, kwargs)]
     if any(tensor.is_inference() for _, tensor in arguments_of(names, args, kwargs)):
         args, kwargs = rebuild((args, kwargs), iter([tensor for _, tensor in arguments]))

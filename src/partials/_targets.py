@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ._eligible import demand_real, demand_values, demand_whole
 from ._errors import InputError, listed, near
 from ._signature import first_tensor, lookup, walk
 from ._typing import Function, Tensor
@@ -39,6 +40,9 @@ def choose(
     if params is None and not isinstance(f, nn.Module):
         return _of_arguments(f, arguments, wrt, dims), {}
     source = f if params is None else params
+    for module in (f, params):
+        if isinstance(module, nn.Module):
+            demand_whole(module)
     outside, aliases = _outside(source)
     patterns = _patterns(wrt)
     if patterns is None:
@@ -208,20 +212,8 @@ def _match(patterns: list[str], known: list[str]) -> set[str]:
 
 def _checked(targets: list[Target]) -> list[Target]:
     for target in targets:
-        if target.tensor.is_complex():
-            raise InputError(
-                f"{target.kind} {target.name!r} is complex, which is not supported yet",
-                got=str(target.tensor.dtype),
-                expected="a real floating-point tensor",
-                hint="torch.view_as_real, with the real and imaginary parts as parameters",
-            )
-        if not target.tensor.is_floating_point():
-            raise InputError(
-                f"{target.kind} {target.name!r} is not differentiable",
-                got=str(target.tensor.dtype),
-                expected="a floating-point tensor",
-                hint="convert it with .float(), or leave it out of wrt",
-            )
+        demand_values(target.kind, [(target.name, target.tensor)])
+        demand_real(target.kind, target.name, target.tensor)
     return targets
 
 

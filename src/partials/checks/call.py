@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .._errors import PartialsError
+from .._graph import strided
 from .._output import check_output
 from .._problem import Problem
 from .._signature import usable
@@ -41,7 +42,7 @@ class Call:
         if not self.out.requires_grad or not wanted:
             return [None] * len(wanted)
         places: Any = list(wanted)
-        return list(torch.autograd.grad(self.out, places, u, retain_graph=True, allow_unused=True))
+        return [strided(g) for g in torch.autograd.grad(self.out, places, u, retain_graph=True, allow_unused=True)]
 
     def gradients(self, u: Tensor) -> dict[str, Tensor]:
         """d sum u f / d target by name, zeros where f does not use one; an input's with samples first."""

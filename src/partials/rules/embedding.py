@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .._eligible import scaled_by_batch
 from .._typing import Tensor
 from ._parts import GatherPart, NoRule, Part
 from ._table import rule
 
-BATCHWISE = "max_norm writes to the weight in forward, and scale_grad_by_freq counts over the batch: neither is a derivative of one sample"
+RENORMALISED = "max_norm writes to the weight when it is looked up"
 
 
 @rule(F.embedding)
@@ -26,8 +27,10 @@ def embedding(
     sparse: bool = False,
 ) -> Iterator[Part]:
     """z[t] = weight[input[t]]; the padding row has no derivative, though its value is used."""
-    if max_norm is not None or scale_grad_by_freq:
-        raise NoRule(BATCHWISE)
+    if max_norm is not None:
+        raise NoRule(RENORMALISED)
+    if scale_grad_by_freq:
+        raise scaled_by_batch()
     if padding_idx is not None:
         padding = padding_idx % weight.shape[0]
         input = input.masked_fill(input == padding, -1)
@@ -49,8 +52,10 @@ def embedding_bag(
     padding_idx: int | None = None,
 ) -> Iterator[Part]:
     """z[b] = sum, mean or maximum over k of weight[input[b, k]], each weighted in a sum; padding rows are no part of a bag."""
-    if max_norm is not None or scale_grad_by_freq:
-        raise NoRule(BATCHWISE)
+    if max_norm is not None:
+        raise NoRule(RENORMALISED)
+    if scale_grad_by_freq:
+        raise scaled_by_batch()
     bags, weights = _bags(input, offsets, per_sample_weights, include_last_offset)
     if padding_idx is not None:
         bags = bags.masked_fill(bags == padding_idx % weight.shape[0], -1)
