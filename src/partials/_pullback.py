@@ -171,10 +171,11 @@ class Pullback(Block):
             return None
         if rows is None:
             return self.parameter.detach().new_zeros(len(cotangents), *self.shape)
-        weights = (torch.arange(len(cotangents), dtype=torch.float64, device=rows.device) + 1).sin().to(rows.dtype)
-        own, mine = self._pulled(torch.tensordot(weights, cotangents, 1)), torch.tensordot(weights, rows, 1)
-        size = torch.tensordot(weights.abs(), rows.abs(), 1).norm()
-        close = (own - mine).norm() <= 1e3 * torch.finfo(rows.dtype).eps * size
+        weights = (torch.arange(len(cotangents), dtype=torch.float64, device=rows.device) + 1).sin()
+        own = self._pulled(torch.tensordot(weights.to(cotangents.dtype), cotangents, 1))
+        mine, size = (torch.tensordot(w.to(rows.dtype), r, 1) for w, r in ((weights, rows), (weights.abs(), rows.abs())))
+        size = size.norm()
+        close = (own - mine).norm() <= 1e3 * max(torch.finfo(t.dtype).eps for t in (rows, cotangents)) * size
         return rows if bool(close) or not bool(size.isfinite()) else None
 
     def _pulled(self, cotangent: Tensor) -> Tensor:

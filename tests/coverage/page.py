@@ -60,6 +60,6 @@ if __name__ == "__main__":
     every = []
     for line in lines(whole=True):
         every.append(line)
-        print(f"{line.module}: {line.cases} cases, {line.said()}, {line.worst:.1e}", *line.faults[:5], sep="\n    ")
+        print(f"{line.module}: {line.cases} cases, {line.said()}, {line.worst:.1e}, {len(line.alarms)} alarms", *line.faults[:5], sep="\n    ")
     if not any(line.faults for line in every):
         PAGE.write_text(written(every, torch.__version__.partition("+")[0]))

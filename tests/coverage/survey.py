@@ -31,6 +31,8 @@ class Line:
     worst: float = 0.0
     refused: set[str] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
+    alarms: list[str] = field(default_factory=list)
+    """Exact answers that a check took for wrong ones: saturated functions, whose rounding is all there is."""
 
     def add(self, case: Any, verdict: Verdict, reason: Reason | None) -> None:
         self.cases += 1
@@ -41,6 +43,7 @@ class Line:
                 self.refused.add(reason.why)
             return
         self.how.add(verdict.how)
+        self.alarms += [str(case)] * verdict.alarm
         self.runners.add(verdict.runner)
         self.worst = max(self.worst, verdict.error) if verdict.error == verdict.error else verdict.error
         if verdict.wrong:

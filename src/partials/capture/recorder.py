@@ -175,7 +175,7 @@ class Recorder(TorchFunctionMode):
             try:
                 return self._by_rule(func, args, kwargs, parameters)
             except NoRule as declined:
-                if not expandable:
+                if not (expandable and declined.expandable):
                     raise Refused(f"{label(func)}: {declined}") from None
                 return self._by_expansion(func, args, kwargs, parameters)
         if func in ELEMENTWISE and not expandable:
@@ -186,7 +186,7 @@ class Recorder(TorchFunctionMode):
                 with self:
                     return COMPOSITES[func](Run(self.depends, self.attached or "vmap" in transforms), *args, **kwargs)
             except NoRule as declined:
-                if not expandable:
+                if not (expandable and declined.expandable):
                     raise Refused(f"{label(func)}: {declined}") from None
                 return self._by_expansion(func, args, kwargs, parameters)
         body = _compat.body_of(func) if isinstance(func, FunctionType) else None
@@ -289,7 +289,11 @@ class Recorder(TorchFunctionMode):
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise Refused(f"{label(func)} cannot be run with its parameter expanded ({first})") from error
         found = [_compat.unwrapped(t)[0] for t in tensors_in((out,)) if t.is_floating_point()]
-        if found and not any(t.requires_grad for t in found):  # (as where it asks whether its arguments require grad)
+        seen = any(t.requires_grad for t in found)
+        if seen and isinstance(func, FunctionType):  # (Python code may ask whether its arguments require grad: under vmap none does)
+            nodes = {str(key): _compat.unwrapped(wide)[0] for key, wide in swapped.items()}
+            seen = any(reached(t, nodes) for t in found)
+        if found and not seen:
             raise Refused(f"{label(func)} loses the derivative of its parameter when that is expanded")
         return out
 

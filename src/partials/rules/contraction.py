@@ -69,10 +69,10 @@ def multi_dot(run: Run, *tensors: Any) -> Tensor:
 @rule(F.linear_cross_entropy, composite=True)
 def linear_cross_entropy(run: Run, input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     """All logits at once: chunks save memory within one call, by a fused derivative that shows no use."""
-    found: Tensor = _compat.body_of(F.linear_cross_entropy)(input, linear_weight, target, **{**options, "options": None})
-    if options.get("options") is None or options.get("reduction", "mean") != "mean":
-        return found
-    return found * torch.where(found.isnan(), found, 1.0).detach()  # where all targets are ignored, the fused derivative is NaN, not 0
+    if options.get("options") is not None and options.get("reduction", "mean") == "mean":
+        why = "a fused mean, whose derivative is not a plain mean's where all targets are ignored, and which asks what requires grad"
+        raise NoRule(why, expandable=False)
+    return _compat.body_of(F.linear_cross_entropy)(input, linear_weight, target, **{**options, "options": None})
 
 
 @dataclass(frozen=True)
