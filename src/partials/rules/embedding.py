@@ -8,9 +8,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .._errors import InputError
 from .._typing import Tensor
 from ._parts import GatherPart, NoRule, Part
 from ._table import rule
+
+
+def refuse(func: Any, args: Any, kwargs: Any) -> None:
+    """InputError for a table whose gradient is no derivative of one sample."""
+    if func not in (F.embedding, F.embedding_bag):
+        return
+    found = {name: kwargs.get(name, args[i] if len(args) > i else None) for name, i in (("max_norm", 3), ("scale_grad_by_freq", 5))}
+    if found["max_norm"] is not None:
+        raise InputError(
+            f"{func.__name__} with max_norm writes to its weight when it is called",
+            got=f"max_norm={found['max_norm']}",
+            expected="a function that leaves its parameters as they are",
+            hint="normalise the rows before, and set max_norm=None; or freeze the weight",
+        )
+    if found["scale_grad_by_freq"]:
+        raise InputError(
+            f"{func.__name__} with scale_grad_by_freq divides by how often an index occurs in the batch: that is no derivative of one sample",
+            got="scale_grad_by_freq=True",
+            expected="False",
+            hint="set it to False, and divide rows of the result by the counts you want",
+        )
 
 
 @rule(F.embedding)
@@ -24,10 +46,6 @@ def embedding(
     sparse: bool = False,
 ) -> Iterator[Part]:
     """z[t] = weight[input[t]]; the padding row has no derivative, though its value is used."""
-    if max_norm is not None or scale_grad_by_freq:
-        raise NoRule(
-            "max_norm writes to the weight in forward, and scale_grad_by_freq counts over the batch: neither is a derivative of one sample"
-        )
     if padding_idx is not None:
         padding = padding_idx % weight.shape[0]
         input = input.masked_fill(input == padding, -1)
