@@ -56,7 +56,7 @@ def test_sparse_gradients(kind):
     assert torch.equal(pt.jacobian(model, TOKENS, check="always").dense(), J.dense())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per")
 def test_quantised_weights():
     engine = torch.backends.quantized.engine
     if engine == "none":

@@ -85,7 +85,8 @@ def _agrees_with_reverse_mode(problem: Problem, values: Tensor, aliases: dict[st
         each = v.expand(problem.size, *v.shape)
         if target.kind == "input":
             each = v.movedim(problem.dim_of(target), 0) if problem.batched else v.unsqueeze(0)
-        terms = u.reshape(problem.size, -1) * (rows.values.flatten(2).to(v) @ each.reshape(problem.size, -1, 1)).squeeze(-1)
+        flat = rows.values.reshape(*rows.rows, rows.values[0, 0].numel()).to(v)
+        terms = u.reshape(rows.rows) * (flat @ each.reshape(problem.size, -1, 1)).squeeze(-1)
         apart += float(terms.sum()) - (0.0 if g is None else float((g.to(v) * v).sum()))
         size += float(terms.abs().sum())
     if not abs(apart) <= size * torch.finfo(values.dtype).eps ** 0.5:
