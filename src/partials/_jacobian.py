@@ -203,7 +203,7 @@ class Jacobian(AbstractJacobian):
             raise InputError("some parameters have no .grad to add to", got=listed(not_leaves), expected="leaf tensors that require grad")
         total = self.unflatten(self.sum(weights).reshape(-1))
         for name, parameter in self.leaves.items():
-            part = total[name].to(parameter.dtype)
+            part = (torch.view_as_complex(total[name]) if parameter.is_complex() else total[name]).to(parameter.dtype)
             parameter.grad = part if parameter.grad is None else parameter.grad + part
 
     def _ones(self) -> Tensor:

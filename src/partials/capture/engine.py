@@ -15,6 +15,7 @@ from .._output import check_output
 from .._problem import Problem
 from .._typing import Tensor
 from ..methods._base import Computed
+from ..methods._complete import stood_in_for
 from . import layout as layouts
 from .build import blocks_of, features
 from .describe import described
@@ -22,7 +23,7 @@ from .known import LAYOUTS, key_of
 from .layout import Layout, spilt
 from .recorder import Recorder, Refused, Trace, Use
 from .reverse import cotangents, weighted
-from .walk import missed
+from .walk import demand_complete
 
 Run = tuple[Tensor, Any, Trace, dict[str, Tensor]]
 
@@ -84,13 +85,7 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     """Completeness, layouts, reverse passes, blocks."""
     values, whole, trace, tensors = run
     wanted = parameters(problem, tensors)
-    if lost := missed(values, wanted, trace):
-        why = (
-            "f differentiates inside (torch.autograd.grad), where parameters are used again in the backward graph"
-            if trace.nested
-            else "a use that torch functions do not show"
-        )
-        raise Refused(f"{listed(sorted(lost))} is reached outside the recorded uses: {why}")
+    demand_complete(values, wanted, trace, stood_in_for(problem, tensors))
     for use in trace.uses:
         if any(t._version != version for t, version in use.saved):
             raise Refused(f"an input of {use.operation} was changed in place after the operation read it")

@@ -21,7 +21,7 @@ from .. import _compat
 from .._graph import reached
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
-from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, Declined, ExpandedPart, NoRule, Part, Run
+from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, Declined, ExpandedPart, NoRule, Part, Run, embedding
 from .layout import Layout
 
 EXPANDS = {
@@ -160,9 +160,12 @@ class Recorder(TorchFunctionMode):
                     setattr(written, _MARK, self.token)
 
     def _use(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor], tensors: list[Tensor]) -> Any:
+        embedding.refuse(func, args, kwargs)
         transforms = {_compat.transform_of(t) for t in tensors}
         if "other" in transforms or ("vmap" in transforms and not _compat.PRIVATE):
             raise Refused(f"{label(func)} runs inside a torch.func transform within f")
+        if any(t.is_complex() for t in (tensors if func in RULES else parameters)):
+            raise Refused(f"{label(func)} is complex arithmetic, for which there are no factors")
         expandable = self.expand_unknown or "vmap" in transforms  # (along our own vmap, or what the user's own maps over)
         if func in RULES:
             try:

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .._compat import inside_transform
-from .._errors import MethodError
+from .._errors import MethodError, PartialsError
 from .._plan import Cost, Use, Verdict
 from .._probe import Facts, demand_policy, look, random_state
 from .._problem import Problem
 from ..methods._base import Computed
+from ..methods._complete import stood_in_for
 from .describe import described, held
-from .engine import native, parameters, solve, vmapped
+from .engine import Run, native, parameters, solve, vmapped
 from .recorder import Refused
-from .walk import missed
+from .walk import Hidden, demand_complete
 
 
 @dataclass(frozen=True)
 class Preview:
     verdict: Verdict
     uses: tuple[Use, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
 
 
-def attempt(problem: Problem) -> tuple[Computed | None, list[str]]:
-    """The blocks by the first runner that is complete, and why those before it were refused."""
+TRANSFORMS = ("vmap", "forward")
+"""Methods that run f under a torch.func transform."""
+
+
+def attempt(problem: Problem) -> tuple[Computed | None, dict[str, str]]:
+    """The blocks by the first runner that is complete; else why capture, and methods that would be as blind, are refused."""
     reasons: list[str] = []
     if inside_transform():
-        return None, ["a torch.func transform is running around this call"]
+        return None, {"capture": "a torch.func transform is running around this call"}
     for name, runner in (("native", native), ("vmapped", vmapped)):
         before = random_state()
         try:
@@ -39,13 +45,30 @@ def attempt(problem: Problem) -> tuple[Computed | None, list[str]]:
                 restore(before)
                 demand_policy(problem, look(problem))
             within_budget(problem, run[2].uses, int(torch.Size(run[0].shape[1:]).numel()))
-            return solve(problem, run, name), reasons
+            return _solved(problem, run, name), {}
+        except Hidden as hidden:
+            restore(before)
+            return None, _hidden(hidden, reasons)
         except Refused as refused:
             reasons.append(f"{name}: {refused}")
         except MethodError as error:
             reasons.append(f"{name}: {error.what}")
         restore(before)
-    return None, reasons
+    return None, {"capture": "; ".join(reasons)}
+
+
+def _solved(problem: Problem, run: Run, runner: str) -> Computed:
+    try:
+        return solve(problem, run, runner)
+    except (Refused, PartialsError):
+        raise
+    except Exception as error:  # f ran: a reverse pass that fails here may do so only in the way that capture runs it
+        raise Refused(f"the reverse pass fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from error
+
+
+def _hidden(hidden: Hidden, reasons: list[str]) -> dict[str, str]:
+    """What one run of f did not see, another does not see either: no second runner, and no transform where it would be blind."""
+    return {"capture": "; ".join([*reasons, str(hidden)])} | (dict.fromkeys(TRANSFORMS, str(hidden)) if hidden.blind else {})
 
 
 def preview(problem: Problem, facts: Facts) -> Preview:
@@ -59,14 +82,16 @@ def preview(problem: Problem, facts: Facts) -> Preview:
                 raise Refused(f'randomness="{problem.randomness}" is a policy for samples run apart')
             values, _, trace, tensors = runner(problem)
             wanted = parameters(problem, tensors)
-            if lost := missed(values, wanted, trace):
-                raise Refused(f"{', '.join(sorted(lost))} reached outside the recorded uses")
+            demand_complete(values, wanted, trace, stood_in_for(problem, tensors))
             within_budget(problem, trace.uses, facts.outputs)
             cost = _cost(problem, facts, sum(held(use) for use in trace.uses))
             return Preview(
                 Verdict("capture", f"{name} run, every use of every parameter in factors", cost),
                 described(trace, wanted, problem.size, None, name),
             )
+        except Hidden as hidden:
+            refused_too = _hidden(hidden, reasons)
+            return Preview(Verdict("capture", refused_too.pop("capture")), (), refused_too)
         except Refused as refused:
             reasons.append(f"{name}: {refused}")
         except MethodError as error:

@@ -10,6 +10,7 @@ from .._problem import Problem
 from .._targets import Target
 from .._typing import Tensor
 from ._base import Computed, Method, Rows, no_history, no_policy, own_part, reverse_cost
+from ._complete import all_seen
 from .loop import gradients
 
 
@@ -23,6 +24,7 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
     tensors = problem.tensors()
     rows = Rows(problem, facts.outputs)
     out = check_output(problem(tensors), problem.size, problem.name, batched=problem.batched)
+    all_seen(problem, out, "grad", tensors)
     flat = out.reshape(problem.size, -1)
     for n in range(problem.size):
         for c in range(facts.outputs):
