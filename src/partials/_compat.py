@@ -6,6 +6,7 @@ Without the private names a capture sees only plain tensors: what runs under a v
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +19,11 @@ try:
 except ImportError:  # pragma: no cover - a torch that moved its internals
     _private = None  # type: ignore[assignment]
 
+
+try:
+    from torch._C import DisableTorchFunction as _DisableModes
+except ImportError:  # pragma: no cover - a torch that moved its internals
+    _DisableModes = None  # type: ignore[assignment,misc]
 
 PRIVATE = _private is not None and not os.environ.get("PARTIALS_PUBLIC_ONLY")
 """Whether the private calls are there and not switched off (PARTIALS_PUBLIC_ONLY=1 switches them off)."""
@@ -124,3 +130,13 @@ def own_memory(z: Tensor) -> tuple[Tensor, Tensor]:
         return fresh, fresh
     below, bottom = own_memory(_private.get_unwrapped(z))
     return _private._add_batch_dim(below, _private.maybe_get_bdim(z), _private.maybe_get_level(z)), bottom
+
+
+def watched() -> bool:
+    """Whether a torch function mode is active around us."""
+    return torch.overrides.has_torch_function((_NOTHING,))
+
+
+def unwatched() -> Any:
+    """A context in which torch function modes see nothing."""
+    return _DisableModes() if _DisableModes is not None else nullcontext()
