@@ -26,10 +26,15 @@ class NoRule(Exception):
 class Jet:
     """The value and the derivatives of one tensor."""
 
-    __slots__ = ("_parts", "_stack", "aliased", "frame")
+    __slots__ = ("_base", "_parts", "_shift", "_stack", "aliased", "frame")
 
-    def __init__(self, frame: Frame, stack: Tensor | None = None, parts: tuple[Tensor, Tensor] | None = None) -> None:
-        self.frame, self._stack, self._parts = frame, stack, parts
+    def __init__(
+        self, frame: Frame, stack: Tensor | None = None, parts: tuple[Tensor, Tensor] | None = None, shift: Tensor | None = None
+    ) -> None:
+        """With `shift`, a constant that is still to be added to the value of the stack."""
+        self.frame, self._parts = frame, parts
+        self._base, self._shift = stack, shift
+        self._stack = stack if shift is None else None
         self.aliased = False
         """Whether a view of the tensor was taken, so that a write would have to reach two jets."""
 
@@ -50,8 +55,9 @@ class Jet:
     def parts(self) -> tuple[Tensor, Tensor]:
         """The value (*shape) and the rest (R, *shape)."""
         if self._parts is None:
-            first, rest = self.stack.split((1, self.frame.rest))
-            self._parts = first.squeeze(0), rest
+            assert self._base is not None
+            first, rest = self._base.split((1, self.frame.rest))
+            self._parts = first.squeeze(0) if self._shift is None else first.squeeze(0) + self._shift, rest
         return self._parts
 
     @property
@@ -65,7 +71,7 @@ class Jet:
     @property
     def anything(self) -> Tensor:
         """Some tensor of the jet, for its dtype and device, without taking it apart."""
-        return self._stack if self._stack is not None else self.parts[1]  # type: ignore[return-value]
+        return self._base if self._base is not None else self._parts[1]  # type: ignore[index]
 
     @property
     def shape(self) -> Shape:
@@ -77,7 +83,26 @@ class Jet:
 
     def bare(self) -> Tensor:
         """The value outside of any graph."""
-        return self._stack.detach()[0] if self._parts is None and self._stack is not None else self.parts[0].detach()
+        if self._parts is not None or self._base is None:
+            return self.parts[0].detach()
+        value = self._base.detach()[0]
+        return value if self._shift is None else value + self._shift.detach()
+
+    def shifted(self, constant: Any) -> Jet | None:
+        """This jet plus a constant that changes neither its shape nor its dtype, without a pass over the stack; None where that needs one."""
+        if self._base is None or not isinstance(constant, torch.Tensor) or has_torch_function((constant,)):
+            return None
+        ours = self.shape
+        if constant.dtype != self._base.dtype or constant.ndim > len(ours) or constant.device != self._base.device:
+            return None
+        if any(size not in (1, mine) for size, mine in zip(reversed(constant.shape), reversed(ours), strict=False)):
+            return None
+        return Jet(self.frame, self._base, shift=constant if self._shift is None else self._shift + constant)
+
+    @property
+    def base(self) -> tuple[Tensor, Tensor | None] | None:
+        """A stack and what is still to be added to its value, where the jet is held so."""
+        return None if self._base is None else (self._base, self._shift)
 
 
 Operand: TypeAlias = Jet | Tensor | float | int | complex
@@ -113,6 +138,8 @@ def lifted(constant: Any, frame: Frame, like: Jet | None = None) -> Jet:
 
 def compose(series: Series, f: Jet) -> Jet:
     """phi(f), entry by entry."""
+    if f.base is not None and not has_torch_function((f.base[0],)):
+        return Jet(f.frame, kernels.compose_stack(series, *f.base, f.frame))
     return Jet(f.frame, _compose(series, *f.parts, f.frame))
 
 
@@ -168,17 +195,17 @@ def plus(f: Operand, g: Operand, alpha: Any = 1) -> Jet:
         return Jet(f.frame, parts=(f.value + g.value, f.rest + g.rest))
     if isinstance(f, Jet):
         constant = g if isinstance(alpha, int | float) and alpha == 1 else g * alpha  # type: ignore[operator]
-        return _shifted(f, lambda value: value + constant)
+        return f.shifted(constant) or _moved(f, lambda value: value + constant)
     assert isinstance(g, Jet)
     g = g if isinstance(alpha, int | float) and alpha == 1 else scaled(g, alpha)
-    return _shifted(g, lambda value: f + value)
+    return g.shifted(f) or _moved(g, lambda value: f + value)
 
 
 def minus(f: Operand, g: Operand, alpha: Any = 1) -> Jet:
     return plus(f, g, -alpha)
 
 
-def _shifted(f: Jet, function: Callable[[Tensor], Tensor]) -> Jet:
+def _moved(f: Jet, function: Callable[[Tensor], Tensor]) -> Jet:
     value, rest = f.parts
     moved = function(value)
     if moved.shape != value.shape or moved.dtype != value.dtype:

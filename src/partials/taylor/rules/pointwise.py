@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,8 @@ _SMOOTH: dict[str, Series] = {
 } | {
     "sqrt": series.power(0.5),
     "rsqrt": series.power(-0.5),
-    "log2": lambda x, n: series.log(x, n, 2.0),
-    "log10": lambda x, n: series.log(x, n, 10.0),
+    "log2": functools.partial(series.log, base=2.0),
+    "log10": functools.partial(series.log, base=10.0),
     "expit": series.sigmoid,
     **{f"arc{name[1:]}": getattr(series, name) for name in ("asin", "acos", "atan", "asinh", "acosh", "atanh")},
 }
