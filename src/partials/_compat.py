@@ -6,7 +6,8 @@ Without the private names a capture sees only plain tensors: what runs under a v
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -21,9 +22,9 @@ except ImportError:  # pragma: no cover - a torch that moved its internals
 
 
 try:
-    from torch._C import DisableTorchFunction as _DisableModes
+    from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 except ImportError:  # pragma: no cover - a torch that moved its internals
-    _DisableModes = None  # type: ignore[assignment,misc]
+    _pop_mode = None  # type: ignore[assignment]
 
 PRIVATE = _private is not None and not os.environ.get("PARTIALS_PUBLIC_ONLY")
 """Whether the private calls are there and not switched off (PARTIALS_PUBLIC_ONLY=1 switches them off)."""
@@ -137,6 +138,17 @@ def watched() -> bool:
     return torch.overrides.has_torch_function((_NOTHING,))
 
 
-def unwatched() -> Any:
-    """A context in which torch function modes see nothing."""
-    return _DisableModes() if _DisableModes is not None else nullcontext()
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Torch function modes around us see nothing; modes that are entered inside do."""
+    if _pop_mode is None or os.environ.get("PARTIALS_PUBLIC_ONLY"):  # they see work of ours as well: more to look at, nothing wrong
+        yield
+        return
+    around: list[Any] = []
+    try:
+        while _len_torch_function_stack():
+            around.append(_pop_mode())
+        yield
+    finally:
+        for mode in reversed(around):
+            _push_mode(mode)

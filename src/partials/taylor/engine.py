@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .._typing import Tensor
 from .frame import Frame
-from .jets import Jet, NoRule
+from .jets import Jet
 from .mode import JetMode
 from .nested import Slot
 from .specs import VALUE, Term
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run in Taylor mode found, and what it met."""
-
-    found: dict[Term, Tensor]
-    bent: frozenset[str]
-    """Functions of straight pieces."""
-
-
-def taylor(call: Callable[..., Any], tensors: Sequence[Tensor], slots: Sequence[Slot], wanted: Iterable[Term]) -> Run:
-    """The value of `call(*tensors)` and the derivatives of a frame that holds the wanted ones, each of the value's shape.
+def taylor(call: Callable[..., Any], tensors: Sequence[Tensor], slots: Sequence[Slot], wanted: Iterable[Term]) -> tuple[dict[Term, Tensor], frozenset[str]]:
+    """The value of `call(*tensors)` and the derivatives of a frame that holds the wanted ones, each of the value's shape; and the names of
+    the functions of straight pieces that it ran through.
 
     Raises
     ------
@@ -41,9 +32,9 @@ def taylor(call: Callable[..., Any], tensors: Sequence[Tensor], slots: Sequence[
     jet = mode.jet_of(value) if isinstance(value, torch.Tensor) else None
     if jet is None:
         zeros = torch.zeros_like(value) if isinstance(value, torch.Tensor) else value
-        return Run(dict.fromkeys(frame.slots, zeros) | {VALUE: value}, frozenset())
+        return dict.fromkeys(frame.slots, zeros) | {VALUE: value}, frozenset(mode.bent)
     parts = jet.rest.unbind(0)
-    return Run({VALUE: jet.value, **dict(zip(frame.slots[1:], parts, strict=True))}, frozenset(mode.bent))
+    return {VALUE: jet.value, **dict(zip(frame.slots[1:], parts, strict=True))}, frozenset(mode.bent)
 
 
 def seeded(tensor: Tensor, number: int, slots: Sequence[Slot], frame: Frame) -> Jet:
@@ -55,6 +46,3 @@ def seeded(tensor: Tensor, number: int, slots: Sequence[Slot], frame: Frame) -> 
             place = seeds[frame.place(first)]
             (place if slot.feature is None else place[..., slot.feature]).fill_(1)
     return Jet(frame, torch.cat([tensor.unsqueeze(0), seeds]))
-
-
-__all__ = ["NoRule", "Run", "taylor"]

@@ -7,6 +7,7 @@ back to such a leaf; no such tensor may enter an operation, or be the result.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
@@ -23,6 +24,12 @@ from .jets import Jet, NoRule
 from .table import ATTRIBUTES, BENT, JET_RULES, VALUE_ONLY
 
 _MARK = "_partials_jet"
+_RUNNING = threading.local()
+
+
+def inside_jets() -> bool:
+    """Whether a function is running in Taylor mode in this thread."""
+    return getattr(_RUNNING, "depth", 0) > 0
 
 
 class JetMode(TorchFunctionMode):
@@ -34,10 +41,17 @@ class JetMode(TorchFunctionMode):
         self.graph = torch.is_grad_enabled()
         self.token = object()
         self.bent: set[str] = set()
-        self.steps: list[tuple[int, int]] = []
-        """For each rule that ran: entries of its result's value, and of its largest other operand (a weight), for the cost model."""
         self._free: dict[int, Tensor] = {}
         self._unseen: Callable[[], AbstractContextManager[Any]] = _compat.unwatched if _compat.watched() else nullcontext
+
+    def __enter__(self) -> JetMode:
+        _RUNNING.depth = getattr(_RUNNING, "depth", 0) + 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _RUNNING.depth -= 1
+        super().__exit__(*error)
 
     def expose(self, jet: Jet) -> Tensor:
         """The value as an ordinary tensor that carries the jet."""
@@ -136,6 +150,19 @@ class JetMode(TorchFunctionMode):
                 raise NoRule(f"{type(value.grad_fn).__name__.removesuffix('Backward')}, which torch functions do not show")
             waiting.extend(following for following, _ in node.next_functions)
         self._free[id(value)] = value
+
+
+class Bends(TorchFunctionMode):
+    """Notes the functions of straight pieces that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in BENT:
+            self.names.add(BENT[func])
+        return func(*args, **(kwargs or {}))
 
 
 def _values(tree: Any) -> Any:
