@@ -22,12 +22,13 @@ from .known import LAYOUTS, key_of
 from .layout import Layout, spilt
 from .recorder import Recorder, Refused, Trace, Use
 from .reverse import cotangents, weighted
+from .tape import TapeRecorder
 from .walk import missed
 
 Run = tuple[Tensor, Any, Trace, dict[str, Tensor]]
 
 
-def native(problem: Problem) -> Run:
+def native(problem: Problem, kind: type[Recorder] = Recorder) -> Run:
     """f on the user's own batch: native kernels, the model's own masks, in-place writes and data-dependent branches."""
     tensors, leaves = problem.tensors(), problem.given
     shared = {t.leaf for t in problem.parameters}
@@ -36,12 +37,20 @@ def native(problem: Problem) -> Run:
         t.leaf: tensors[t.name] for t in problem.inputs
     }
     samples = [by_name[leaf.name] for leaf in of_samples]
-    recorder = Recorder(parameters(problem, tensors), samples, problem.size, attached=problem.create_graph)
+    recorder = kind(parameters(problem, tensors), samples, problem.size, attached=problem.create_graph)
     with recorder:
         returned, whole = problem.raw(tensors, leaves)
+    recorder.open = False
     out = problem.picker(returned)
     values = check_output(out if problem.batched else out.unsqueeze(0), problem.size, problem.name, batched=problem.batched)
     return values, whole, recorder.trace, tensors
+
+
+def taped(problem: Problem) -> Run:
+    """The same, through reverse passes of f's own (torch.autograd.grad with create_graph=True)."""
+    if problem.create_graph:
+        raise Refused("create_graph=True through f's own reverse passes")
+    return native(problem, TapeRecorder)
 
 
 def vmapped(problem: Problem) -> Run:
@@ -90,7 +99,7 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
             if trace.nested
             else "a use that torch functions do not show"
         )
-        raise Refused(f"{listed(sorted(lost))} is reached outside the recorded uses: {why}")
+        raise Refused(f"{listed(sorted(lost))} is reached outside the recorded uses: {why}", nested=trace.nested)
     for use in trace.uses:
         if any(t._version != version for t, version in use.saved):
             raise Refused(f"an input of {use.operation} was changed in place after the operation read it")

@@ -85,11 +85,18 @@ class Trace:
 
 
 class Refused(Exception):
-    """This run cannot be captured; the text says why."""
+    """This run cannot be captured; the text says why. `nested`: since f differentiates inside."""
+
+    def __init__(self, why: str, *, nested: bool = False) -> None:
+        super().__init__(why)
+        self.nested = nested
 
 
 class Recorder(TorchFunctionMode):
     """Records into `trace`. With `expand_unknown`, operations without a rule get their parameter expanded over the samples."""
+
+    open = True
+    """Whether uses are recorded: the run is not over."""
 
     def __init__(
         self, wanted: Mapping[str, Tensor], samples: Iterable[Tensor], size: int, *, expand_unknown: bool = False, attached: bool = False

@@ -13,9 +13,13 @@ from .._probe import Facts, demand_policy, look, random_state
 from .._problem import Problem
 from ..methods._base import Computed
 from .describe import described, held
-from .engine import native, parameters, solve, vmapped
+from .engine import native, parameters, solve, taped, vmapped
 from .recorder import Refused
 from .walk import missed
+
+
+RUNNERS = (("native", native), ("taped", taped), ("vmapped", vmapped))
+"""In the order in which they are tried; the taped one only where f differentiates inside."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,15 @@ class Preview:
 def attempt(problem: Problem) -> tuple[Computed | None, list[str]]:
     """The blocks by the first runner that is complete, and why those before it were refused."""
     reasons: list[str] = []
+    nested = False
     if inside_transform():
         return None, ["a torch.func transform is running around this call"]
-    for name, runner in (("native", native), ("vmapped", vmapped)):
+    for name, runner in RUNNERS:
+        if name == "taped" and not nested:
+            continue
         before = random_state()
         try:
-            if name == "native" and problem.randomness in ("same", "different"):
+            if name != "vmapped" and problem.randomness in ("same", "different"):
                 raise Refused(f'randomness="{problem.randomness}" is a policy for samples run apart')
             run = runner(problem)
             if problem.randomness == "error" and random_state() != before:
@@ -41,6 +48,7 @@ def attempt(problem: Problem) -> tuple[Computed | None, list[str]]:
             within_budget(problem, run[2].uses, int(torch.Size(run[0].shape[1:]).numel()))
             return solve(problem, run, name), reasons
         except Refused as refused:
+            nested |= refused.nested
             reasons.append(f"{name}: {refused}")
         except MethodError as error:
             reasons.append(f"{name}: {error.what}")
@@ -53,14 +61,17 @@ def preview(problem: Problem, facts: Facts) -> Preview:
     if not problem.size:
         return Preview(Verdict("capture", "there is no sample"))
     reasons = []
-    for name, runner in (("native", native), ("vmapped", vmapped)):
+    nested = False
+    for name, runner in RUNNERS:
+        if name == "taped" and not nested:
+            continue
         try:
-            if name == "native" and problem.randomness in ("same", "different"):
+            if name != "vmapped" and problem.randomness in ("same", "different"):
                 raise Refused(f'randomness="{problem.randomness}" is a policy for samples run apart')
             values, _, trace, tensors = runner(problem)
             wanted = parameters(problem, tensors)
             if lost := missed(values, wanted, trace):
-                raise Refused(f"{', '.join(sorted(lost))} reached outside the recorded uses")
+                raise Refused(f"{', '.join(sorted(lost))} reached outside the recorded uses", nested=trace.nested)
             within_budget(problem, trace.uses, facts.outputs)
             cost = _cost(problem, facts, sum(held(use) for use in trace.uses))
             return Preview(
@@ -68,6 +79,7 @@ def preview(problem: Problem, facts: Facts) -> Preview:
                 described(trace, wanted, problem.size, None, name),
             )
         except Refused as refused:
+            nested |= refused.nested
             reasons.append(f"{name}: {refused}")
         except MethodError as error:
             reasons.append(f"{name}: {error.what}")
