@@ -23,12 +23,13 @@ from .known import LAYOUTS, key_of
 from .layout import Layout, spilt
 from .recorder import Recorder, Refused, Trace, Use
 from .reverse import cotangents, weighted
+from .tape import TapeRecorder
 from .walk import demand_complete
 
 Run = tuple[Tensor, Any, Trace, dict[str, Tensor]]
 
 
-def native(problem: Problem) -> Run:
+def native(problem: Problem, kind: type[Recorder] = Recorder) -> Run:
     """f on the user's own batch: native kernels, the model's own masks, in-place writes and data-dependent branches."""
     tensors, leaves = problem.tensors(), problem.given
     shared = {t.leaf for t in problem.parameters}
@@ -37,12 +38,20 @@ def native(problem: Problem) -> Run:
         t.leaf: tensors[t.name] for t in problem.inputs
     }
     samples = [by_name[leaf.name] for leaf in of_samples]
-    recorder = Recorder(parameters(problem, tensors), samples, problem.size, attached=problem.create_graph)
+    recorder = kind(parameters(problem, tensors), samples, problem.size, attached=problem.create_graph)
     with recorder:
         returned, whole = problem.raw(tensors, leaves)
+    recorder.open = False
     out = problem.picker(returned)
     values = check_output(out if problem.batched else out.unsqueeze(0), problem.size, problem.name, batched=problem.batched)
     return values, whole, recorder.trace, tensors
+
+
+def taped(problem: Problem) -> Run:
+    """The same, through reverse passes of f's own (torch.autograd.grad with create_graph=True)."""
+    if problem.create_graph:
+        raise Refused("create_graph=True through f's own reverse passes")
+    return native(problem, TapeRecorder)
 
 
 def vmapped(problem: Problem) -> Run:

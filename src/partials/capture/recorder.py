@@ -85,11 +85,18 @@ class Trace:
 
 
 class Refused(Exception):
-    """This run cannot be captured; the text says why."""
+    """This run cannot be captured; the text says why. `nested`: since f differentiates inside."""
+
+    def __init__(self, why: str, *, nested: bool = False) -> None:
+        super().__init__(why)
+        self.nested = nested
 
 
 class Recorder(TorchFunctionMode):
     """Records into `trace`. With `expand_unknown`, operations without a rule get their parameter expanded over the samples."""
+
+    open = True
+    """Whether uses are recorded: the run is not over."""
 
     def __init__(
         self, wanted: Mapping[str, Tensor], samples: Iterable[Tensor], size: int, *, expand_unknown: bool = False, attached: bool = False
@@ -208,12 +215,12 @@ class Recorder(TorchFunctionMode):
         if raw._is_view():
             out, raw = _compat.own_memory(out)
         if raw is out:
-            place = _Place(raw.shape)
+            place = Placement(raw.shape)
         else:
             levels, merges = raw.ndim - out.ndim, any(part.batched for part in parts)
             if merges and levels > 1:
                 raise NoRule("a batch within several vmaps")
-            place = _Place(torch.Size([raw.shape[d] for d in order]), order, levels, merges)
+            place = Placement(torch.Size([raw.shape[d] for d in order]), order, levels, merges)
             parts = [with_data(part, lambda t: self._physical(t, place)) for part in parts]
         edge = get_gradient_edge(raw)
         self.trace.stops[edge.node] = [t.grad_fn for t in self._data(args, kwargs, mine) if t.grad_fn is not None]
@@ -221,7 +228,7 @@ class Recorder(TorchFunctionMode):
             self._add(func, part, edge, place)
         return out
 
-    def _physical(self, t: Tensor, place: _Place) -> Tensor:
+    def _physical(self, t: Tensor, place: Placement) -> Tensor:
         """The tensor beneath vmap with the mapped dimensions of the operation's output in front."""
         raw, order = _compat.unwrapped(t)
         if raw is t:
@@ -238,7 +245,7 @@ class Recorder(TorchFunctionMode):
         one_level = all(raw.ndim - t.ndim == (raw is not t) for raw, t in zip(below, tensors, strict=True))
         if self.level is None or self.level != _compat.current_level() or not one_level:
             return func(*args, **kwargs)
-        place = _Place(torch.Size([self.size]), levels=1)
+        place = Placement(torch.Size([self.size]), levels=1)
         whole, named = rebuild((args, kwargs), iter([self._physical(t, place) for t in tensors]))
         try:
             return _compat.batched(PHYSICAL[func](*whole, **named), self.level)
@@ -282,7 +289,7 @@ class Recorder(TorchFunctionMode):
     def _record_expanded(self, func: Any, p: Tensor, wide: Tensor) -> Tensor:
         edge = get_gradient_edge(wide)
         self.trace.stops[edge.node] = []
-        self._add(func, ExpandedPart(p, wide), edge, _Place(wide.shape))
+        self._add(func, ExpandedPart(p, wide), edge, Placement(wide.shape))
         return wide
 
     def _gains_samples(self, out: Any, before: Tensor) -> bool:
@@ -292,7 +299,7 @@ class Recorder(TorchFunctionMode):
         old = (1,) * (out.ndim - before.ndim) + tuple(before.shape)
         return any(new != size and new % self.size == 0 for size, new in zip(old, out.shape, strict=True))
 
-    def _add(self, func: Any, part: Part, edge: GradientEdge, place: _Place) -> None:
+    def _add(self, func: Any, part: Part, edge: GradientEdge, place: Placement) -> None:
         if not self.attached:
             part = detached(part)
         saved = tuple((t, t._version) for t in read_by(part))
@@ -301,7 +308,7 @@ class Recorder(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class _Place:
+class Placement:
     """How an operation's output lies beneath vmap: its shape with the mapped dimensions in front, and how it gets there."""
 
     whole: torch.Size

@@ -14,9 +14,12 @@ from .._problem import Problem
 from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from .describe import described, held
-from .engine import Run, native, parameters, solve, vmapped
+from .engine import Run, native, parameters, solve, taped, vmapped
 from .recorder import Refused
 from .walk import Hidden, demand_complete
+
+RUNNERS = {"native": native, "taped": taped, "vmapped": vmapped}
+"""In the order in which they are tried; the taped one only where f differentiates inside."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,15 @@ TRANSFORMS = ("vmap", "forward")
 def attempt(problem: Problem) -> tuple[Computed | None, dict[str, str]]:
     """The blocks by the first runner that is complete; else why capture, and methods that would be as blind, are refused."""
     reasons: list[str] = []
+    nested = False
     if inside_transform():
         return None, {"capture": "a torch.func transform is running around this call"}
-    for name, runner in (("native", native), ("vmapped", vmapped)):
+    for name, runner in RUNNERS.items():
+        if name == "taped" and not nested:
+            continue
         before = random_state()
         try:
-            if name == "native" and problem.randomness in ("same", "different"):
+            if name != "vmapped" and problem.randomness in ("same", "different"):
                 raise Refused(f'randomness="{problem.randomness}" is a policy for samples run apart')
             run = runner(problem)
             if problem.randomness == "error" and random_state() != before:
@@ -50,6 +56,7 @@ def attempt(problem: Problem) -> tuple[Computed | None, dict[str, str]]:
             restore(before)
             return None, _hidden(hidden, reasons)
         except Refused as refused:
+            nested |= refused.nested
             reasons.append(f"{name}: {refused}")
         except MethodError as error:
             reasons.append(f"{name}: {error.what}")
@@ -75,10 +82,13 @@ def preview(problem: Problem, facts: Facts) -> Preview:
     """One forward without a reverse pass: what capture would record, or why it would be refused."""
     if not problem.size:
         return Preview(Verdict("capture", "there is no sample"))
-    reasons = []
-    for name, runner in (("native", native), ("vmapped", vmapped)):
+    reasons: list[str] = []
+    nested = False
+    for name, runner in RUNNERS.items():
+        if name == "taped" and not nested:
+            continue
         try:
-            if name == "native" and problem.randomness in ("same", "different"):
+            if name != "vmapped" and problem.randomness in ("same", "different"):
                 raise Refused(f'randomness="{problem.randomness}" is a policy for samples run apart')
             values, _, trace, tensors = runner(problem)
             wanted = parameters(problem, tensors)
@@ -93,6 +103,7 @@ def preview(problem: Problem, facts: Facts) -> Preview:
             refused_too = _hidden(hidden, reasons)
             return Preview(Verdict("capture", refused_too.pop("capture")), (), refused_too)
         except Refused as refused:
+            nested |= refused.nested
             reasons.append(f"{name}: {refused}")
         except MethodError as error:
             reasons.append(f"{name}: {error.what}")

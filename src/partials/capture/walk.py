@@ -22,7 +22,7 @@ class Hidden(Refused):
 
 
 def demand_complete(output: Tensor, wanted: Mapping[str, Tensor], trace: Trace, originals: Mapping[str, Tensor]) -> None:
-    """Hidden if the graph of `output` reaches a parameter outside the recorded uses: the words say which, and by what."""
+    """Refused if the graph of `output` reaches a parameter outside the recorded uses: the words say which, and by what."""
     lost = missed(output, wanted, trace, originals)
     if not lost:
         return
@@ -30,7 +30,7 @@ def demand_complete(output: Tensor, wanted: Mapping[str, Tensor], trace: Trace, 
     words = f"{listed(sorted(lost))} is reached outside the recorded uses"
     if trace.nested:
         why = "f differentiates inside (torch.autograd.grad), where parameters are used again in the backward graph"
-        raise Hidden(f"{words}: {why}", blind=False)
+        raise Refused(f"{words}: {why}", nested=True)
     names = listed(sorted({node.name() for node in by}))
     if by and all(isinstance(node, BackwardCFunction) for node in by):
         raise Hidden(f"{words}, by {names} (an autograd.Function)", blind=False)
