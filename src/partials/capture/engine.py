@@ -158,13 +158,15 @@ def _layouts(problem: Problem, values: Tensor, trace: Trace, edges: list[Any], w
         known = [layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]
         if all(known):
             return _spread(uses, [k for k in known if k is not None])
-    found, proved = _measure(problem, values, open_uses, edges, where)
+    found, proved = _measure(problem, values, open_uses, edges, where, layouts.tolerance(trace.dtypes))
     if proved and key is not None:
         LAYOUTS.put(key, tuple(layouts.pattern(layout) for layout in found))
     return _spread(uses, found)
 
 
-def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], where: dict[Any, int]) -> tuple[list[Layout], bool]:
+def _measure(
+    problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], where: dict[Any, int], within: float
+) -> tuple[list[Layout], bool]:
     n = problem.size
     if n == 1:
         return [layouts.candidates(use.shape, 1)[0] for use in uses], False
@@ -183,7 +185,7 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
             proved = False
             continue
         one, two = (_canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two))
-        layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)))
+        layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)), within)
         if layout is None:
             raise Refused(
                 f"{use.operation}: no dimension of its output of shape {use.shape}, but for the parameter's own, holds {n} samples apart"

@@ -21,7 +21,7 @@ from .. import _compat
 from .._graph import reached
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
-from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, Declined, ExpandedPart, NoRule, Part, Run, embedding
+from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, REPEATED, RULES, Declined, ExpandedPart, NoRule, Part, Run, embedding
 from .layout import Layout
 
 EXPANDS = {
@@ -82,6 +82,8 @@ class Trace:
     """Where samples go depends on data: layouts hold for this call only."""
     refused: str = ""
     expanded: list[str] = field(default_factory=list)
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    """Of the tensors that depend on the samples: the coarsest sets how well two reverse passes can agree."""
 
 
 class Refused(Exception):
@@ -121,6 +123,10 @@ class Recorder(TorchFunctionMode):
             elif func in EXPANDS and not self.expand_unknown and self._gains_samples(out := func(*args, **kwargs), args[0]):
                 out = self._record_expanded(func, args[0], out)
                 depends = True
+            elif func in REPEATED and not self.expand_unknown and (once := REPEATED[func](*args, **kwargs)):
+                out = func(once[0], *args[1:], **kwargs)
+                with self:
+                    return out.expand(once[1])
             elif func not in EXPANDS or self.expand_unknown:
                 out = func(*args, **kwargs)
         else:
@@ -155,6 +161,7 @@ class Recorder(TorchFunctionMode):
 
     def _mark(self, out: Any, func: Any, args: Any) -> None:
         if isinstance(out, Tensor):
+            self.trace.dtypes.add(out.dtype)
             setattr(out, _MARK, self.token)
         elif isinstance(out, tuple | list):
             for _, t in walk(out, ""):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .._errors import InputError
 from .._typing import Tensor
 from ._parts import GatherPart, NoRule, Part
-from ._table import rule
+from ._table import REPEATED, rule
 
 
 def refuse(func: Any, args: Any, kwargs: Any) -> None:
@@ -106,6 +106,17 @@ def index_select(input: Tensor, dim: int, index: Tensor) -> Iterator[Part]:
     if dim % max(input.ndim, 1) or index.ndim != 1:
         raise NoRule("a selection along another dimension than the first")
     yield GatherPart(input, index)
+
+
+def repeated(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, tuple[int, ...]] | None:
+    """An index that was itself expanded (token types that default to zero) looks up the same rows again and again."""
+    if not any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
+        return None
+    once = input[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in input.stride())]
+    return once, (*input.shape, weight.shape[-1])
+
+
+REPEATED[F.embedding] = repeated
 
 
 @rule(torch.Tensor.__getitem__)
