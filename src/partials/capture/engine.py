@@ -21,7 +21,7 @@ from .build import blocks_of, features
 from .describe import described
 from .known import LAYOUTS, key_of
 from .layout import Layout, spilt
-from .recorder import Recorder, Refused, Trace, Use
+from .recorder import Recorder, Refused, Trace, Unplaced, Use
 from .reverse import cotangents, weighted
 from .walk import demand_complete
 
@@ -176,7 +176,7 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
         one, two = (_canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two))
         layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)))
         if layout is None:
-            raise Refused(
+            raise Unplaced(
                 f"{use.operation}: no dimension of its output of shape {use.shape}, but for the parameter's own, holds {n} samples apart"
             )
         found.append(layout)
