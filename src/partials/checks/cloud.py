@@ -38,9 +38,7 @@ class Cloud:
     gradients: Mapping[str, Tensor]
 
 
-def cloud(
-    subject: Subject, n: int, u: Tensor, entries: Mapping[str, Tensor], tolerance: Tolerance, *, copies: bool = True
-) -> Cloud | None:
+def cloud(subject: Subject, n: int, u: Tensor, entries: Mapping[str, Tensor], tolerance: Tolerance, *, copies: bool = True) -> Cloud | None:
     """The cloud of sample n with weights u (C,), of the `entries` of some targets; None where f does not run on other tensors.
 
     Without `copies` the sample is always alone: where a function may mix samples, copies of one are no sample by itself.
