@@ -52,7 +52,7 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
             tried = capture.attempt(problem)
         refused, doubtful = tried.refused, tried.doubtful
         if tried.computed is not None:
-            return replace(tried.computed, doubtful=doubtful), _captured(problem, tried.computed)
+            return replace(tried.computed, doubtful=doubtful or tried.computed.doubtful), _captured(problem, tried.computed)
         if method == "capture":
             raise MethodError(
                 "method='capture' cannot run here", got=refused["capture"], hint="method='auto', which takes the next method that can"

@@ -114,9 +114,9 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     if not values.requires_grad:
         notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
     sources = tuple((f"an input of {use.operation}", t, t._version) for use in trace.uses for t, _ in use.saved)
-    return Computed(
-        values if problem.create_graph else values.detach(), blocks, notes, whole, sources, described(trace, wanted, size, measured, runner)
-    )
+    lines = described(trace, wanted, size, measured, runner)
+    doubtful = any(placed.owned is not None for placed in measured)
+    return Computed(values if problem.create_graph else values.detach(), blocks, notes, whole, sources, lines, doubtful)
 
 
 def merged(groups: Mapping[str, list[Block]]) -> dict[str, list[Block]]:

@@ -13,6 +13,7 @@ from .call import Call, call, in_short
 from .gaps import Gap, Key, Sides, ratio
 from .identities import Identities
 from .second_look import settle
+from .subject import Subject
 from .tolerance import distance, over, size
 from .values import ROUNDED, same_alone, scale_of
 
