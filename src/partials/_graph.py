@@ -7,9 +7,8 @@ from typing import Any
 
 from ._typing import Tensor
 
-
 HIDES = "Checkpoint"
-"""In the name of a graph node: what it does is recomputed in the reverse pass, where the graph does not show it (reentrant checkpointing)."""
+"""In the name of a graph node: reentrant checkpointing, which computes again in the reverse pass what the graph does not show."""
 
 
 def hides_uses(output: Tensor) -> bool:

@@ -46,11 +46,13 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
     """Plan and run: capture wherever it can, else the cheapest method. With "auto", where one fails while running, the next one runs."""
     known(method, NAMES)
     refused: dict[str, str] = {}
+    doubtful = False
     if method in ("auto", "capture") and problem.size:
         with problem.running("capturing the uses of parameters"):
-            computed, refused = capture.attempt(problem)
-        if computed is not None:
-            return computed, _captured(problem, computed)
+            tried = capture.attempt(problem)
+        refused, doubtful = tried.refused, tried.doubtful
+        if tried.computed is not None:
+            return replace(tried.computed, doubtful=doubtful or tried.computed.doubtful), _captured(problem, tried.computed)
         if method == "capture":
             raise MethodError(
                 "method='capture' cannot run here", got=refused["capture"], hint="method='auto', which takes the next method that can"
@@ -75,7 +77,7 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
             try:
                 aux = _whole(problem)
                 computed = METHODS[made.method].run(problem, facts, made.chunk)
-                return replace(computed, aux=aux) if computed.aux is None else computed, made
+                return replace(computed, aux=aux if computed.aux is None else computed.aux, doubtful=doubtful), made
             except MethodError as error:
                 if method != "auto":
                     raise

@@ -21,7 +21,7 @@ from .build import blocks_of, features
 from .describe import described
 from .known import LAYOUTS, key_of
 from .layout import Layout, spilt
-from .recorder import Recorder, Refused, Trace, Use
+from .recorder import Recorder, Refused, Trace, Unplaced, Use
 from .reverse import cotangents, weighted
 from .tape import TapeRecorder
 from .walk import demand_complete
@@ -123,9 +123,9 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     if not values.requires_grad:
         notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
     sources = tuple((f"an input of {use.operation}", t, t._version) for use in trace.uses for t, _ in use.saved)
-    return Computed(
-        values if problem.create_graph else values.detach(), blocks, notes, whole, sources, described(trace, wanted, size, measured, runner)
-    )
+    lines = described(trace, wanted, size, measured, runner)
+    doubtful = any(placed.owned is not None for placed in measured)
+    return Computed(values if problem.create_graph else values.detach(), blocks, notes, whole, sources, lines, doubtful)
 
 
 def merged(groups: Mapping[str, list[Block]]) -> dict[str, list[Block]]:
@@ -187,7 +187,7 @@ def _measure(
         one, two = (_canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two))
         layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)), within)
         if layout is None:
-            raise Refused(
+            raise Unplaced(
                 f"{use.operation}: no dimension of its output of shape {use.shape}, but for the parameter's own, holds {n} samples apart"
             )
         found.append(layout)

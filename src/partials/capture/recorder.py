@@ -94,6 +94,10 @@ class Refused(Exception):
         self.nested = nested
 
 
+class Unplaced(Refused):
+    """The cotangents of a use belong to no one sample, in no layout that its sizes allow."""
+
+
 class Recorder(TorchFunctionMode):
     """Records into `trace`. With `expand_unknown`, operations without a rule get their parameter expanded over the samples."""
 

@@ -15,7 +15,7 @@ from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from .describe import described, held
 from .engine import Run, native, parameters, solve, taped, vmapped
-from .recorder import Refused
+from .recorder import Refused, Unplaced
 from .walk import Hidden, demand_complete
 
 RUNNERS = {"native": native, "taped": taped, "vmapped": vmapped}
@@ -33,12 +33,22 @@ TRANSFORMS = ("vmap", "forward")
 """Methods that run f under a torch.func transform."""
 
 
-def attempt(problem: Problem) -> tuple[Computed | None, dict[str, str]]:
+@dataclass(frozen=True)
+class Attempt:
     """The blocks by the first runner that is complete; else why capture, and methods that would be as blind, are refused."""
+
+    computed: Computed | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    doubtful: bool = False
+    """The native run found no layout: samples may mix."""
+
+
+def attempt(problem: Problem) -> Attempt:
+    """Run f natively, else under vmap, until one run is complete."""
     reasons: list[str] = []
-    nested = False
+    nested = doubtful = False
     if inside_transform():
-        return None, {"capture": "a torch.func transform is running around this call"}
+        return Attempt(None, {"capture": "a torch.func transform is running around this call"})
     for name, runner in RUNNERS.items():
         if name == "taped" and not nested:
             continue
@@ -51,17 +61,18 @@ def attempt(problem: Problem) -> tuple[Computed | None, dict[str, str]]:
                 restore(before)
                 demand_policy(problem, look(problem))
             within_budget(problem, run[2].uses, int(torch.Size(run[0].shape[1:]).numel()))
-            return _solved(problem, run, name), {}
+            return Attempt(_solved(problem, run, name), {}, doubtful)
         except Hidden as hidden:
             restore(before)
-            return None, _hidden(hidden, reasons)
+            return Attempt(None, _hidden(hidden, reasons), doubtful)
         except Refused as refused:
             nested |= refused.nested
+            doubtful |= isinstance(refused, Unplaced)
             reasons.append(f"{name}: {refused}")
         except MethodError as error:
             reasons.append(f"{name}: {error.what}")
         restore(before)
-    return None, {"capture": "; ".join(reasons)}
+    return Attempt(None, {"capture": "; ".join(reasons)}, doubtful)
 
 
 def _solved(problem: Problem, run: Run, runner: str) -> Computed:

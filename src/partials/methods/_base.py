@@ -29,6 +29,8 @@ class Computed:
     sources: tuple[tuple[str, Tensor, int], ...] = ()
     """Tensors that the blocks read again, with the version they had."""
     uses: tuple[Use, ...] = ()
+    doubtful: bool = False
+    """A capture of f on the batch found uses whose cotangents belong to no one sample, or to samples in some order: samples may mix."""
 
 
 @dataclass(frozen=True)

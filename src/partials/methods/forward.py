@@ -75,9 +75,9 @@ def _agrees_with_reverse_mode(problem: Problem, values: Tensor, aliases: dict[st
     """
     generator = torch.Generator(values.device).manual_seed(0)
     u = torch.randn(values.shape, generator=generator, dtype=values.dtype, device=values.device)
-    pulled = [None] * len(aliases)
+    pulled: list[Tensor | None] = [None] * len(aliases)
     if values.requires_grad:
-        pulled = list(torch.autograd.grad(values, list(aliases.values()), u, allow_unused=True))
+        pulled[:] = list(torch.autograd.grad(values, list(aliases.values()), u, allow_unused=True))
     apart, size = 0.0, 0.0
     for target, g in zip(problem.targets, pulled, strict=True):
         v = torch.randn(target.tensor.shape, generator=generator, dtype=values.dtype, device=values.device)
