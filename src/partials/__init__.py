@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .checks.report import Report
     from .rules import rule
     from .store import open_store as open
+    from ._tape import tape
     from .taylor import biharmonic, curl, derivatives, directional, divergence, hessian, laplacian, partial
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ _HOMES = {
     "open": ".store",
     "partial": ".taylor",
     "rule": ".rules",
+    "tape": "._tape",
 }
 """Where each public name lives: modules are loaded on first use, so that the command line's --help needs no torch."""
 
@@ -97,6 +99,7 @@ __all__ = [
     "open",
     "partial",
     "rule",
+    "tape",
 ]
 
 

@@ -6,6 +6,8 @@ Without the private names a capture sees only plain tensors: what runs under a v
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +20,11 @@ try:
 except ImportError:  # pragma: no cover - a torch that moved its internals
     _private = None  # type: ignore[assignment]
 
+
+try:
+    from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
+except ImportError:  # pragma: no cover - a torch that moved its internals
+    _pop_mode = None  # type: ignore[assignment]
 
 PRIVATE = _private is not None and not os.environ.get("PARTIALS_PUBLIC_ONLY")
 """Whether the private calls are there and not switched off (PARTIALS_PUBLIC_ONLY=1 switches them off)."""
@@ -117,6 +124,16 @@ def body_of(function: Any) -> Any:
     return _REBOUND[function]
 
 
+def has_hooks(t: Tensor) -> bool:
+    """Whether the user registered hooks on the tensor's gradient (`register_hook`)."""
+    return bool(getattr(t, "_backward_hooks", None))
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile` wraps the module."""
+    return "_orig_mod" in module._modules
+
+
 def own_memory(z: Tensor) -> tuple[Tensor, Tensor]:
     """`z` and the tensor beneath its vmap levels, no longer a view: later in-place operations on z leave its gradient edge right."""
     if transform_of(z) != "vmap":
@@ -124,3 +141,24 @@ def own_memory(z: Tensor) -> tuple[Tensor, Tensor]:
         return fresh, fresh
     below, bottom = own_memory(_private.get_unwrapped(z))
     return _private._add_batch_dim(below, _private.maybe_get_bdim(z), _private.maybe_get_level(z)), bottom
+
+
+def watched() -> bool:
+    """Whether a torch function mode is active around us."""
+    return torch.overrides.has_torch_function((_NOTHING,))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Torch function modes around us see nothing; modes that are entered inside do."""
+    if _pop_mode is None or os.environ.get("PARTIALS_PUBLIC_ONLY"):  # they see work of ours as well: more to look at, nothing wrong
+        yield
+        return
+    around: list[Any] = []
+    try:
+        while _len_torch_function_stack():
+            around.append(_pop_mode())
+        yield
+    finally:
+        for mode in reversed(around):
+            _push_mode(mode)

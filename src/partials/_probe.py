@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -13,13 +12,14 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from ._eligible import scaled_by_batch
 from ._errors import OutputError, RandomnessError
+from ._graph import hides_uses
 from ._output import check_output
 from ._problem import Problem
 from ._signature import first_tensor
 from ._state import rng_kept
 from ._typing import Tensor
+from .rules import embedding
 
 
 UNBATCHED = frozenset({torch.native_group_norm})
@@ -43,6 +43,8 @@ class Facts:
     """Operations whose forward-mode derivative differs from the reverse-mode one."""
     vmap_unsafe: tuple[str, ...] = ()
     """Operations whose derivative under vmap is not that of the operation."""
+    reentrant: bool = False
+    """The graph has a node that runs a part of f again in the reverse pass (`torch.utils.checkpoint` with use_reentrant=True)."""
 
     @property
     def outputs(self) -> int:
@@ -87,12 +89,13 @@ def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] 
         None,
         tuple(counter.unsafe),
         tuple(counter.unbatched),
+        hides_uses(out),
     )
 
 
 def _counted(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] | None, *, hooks: bool = True) -> tuple[Tensor, _Counter]:
     """f's output and what was counted; without hooks on saved tensors where f uses torch.func, which does not run under them."""
-    counter = _Counter(tensors.values())
+    counter = _Counter()
     try:
         with counter, counter.saving() if hooks else nullcontext():
             return problem(tensors, leaves), counter
@@ -116,9 +119,8 @@ def demand_policy(problem: Problem, facts: Facts) -> None:
 class _Counter(TorchFunctionMode):
     """Counts what the torch functions that it sees do."""
 
-    def __init__(self, wanted: Iterable[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.wanted = {id(tensor) for tensor in wanted}
         self.operations = self.flops = self.saved = self.written = 0
         self.random: dict[str, None] = {}
         self.unsafe: dict[str, None] = {}
@@ -127,8 +129,8 @@ class _Counter(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (F.embedding, F.embedding_bag) and self._scaled(func, args, kwargs):
-            raise scaled_by_batch()
+        if func in (F.embedding, F.embedding_bag) and (kwargs["weight"] if "weight" in kwargs else args[1]).requires_grad:
+            embedding.refuse(func, args, kwargs)
         state = random_state() if _may_be_random(func) else None
         out = func(*args, **kwargs)
         result = first_tensor(out)
@@ -143,12 +145,6 @@ class _Counter(TorchFunctionMode):
         if func is F.embedding and (kwargs.get("padding_idx") is not None or (len(args) > 2 and args[2] is not None)):
             self.unsafe["embedding with padding_idx"] = None
         return out
-
-    def _scaled(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether it is an embedding of a wanted parameter, or of something computed from one, with scale_grad_by_freq."""
-        given = signature(func).bind(*args, **kwargs).arguments
-        weight = given["weight"]
-        return bool(given.get("scale_grad_by_freq")) and weight.requires_grad and (id(weight) in self.wanted or weight.grad_fn is not None)
 
     @contextmanager
     def saving(self) -> Iterator[None]:

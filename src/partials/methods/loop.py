@@ -11,6 +11,7 @@ from .._probe import Facts
 from .._problem import Problem
 from .._typing import Tensor
 from ._base import Computed, Method, Rows, no_history, no_pieces, per_sample, result_bytes
+from ._complete import all_seen
 
 
 def verdict(problem: Problem, facts: Facts) -> Verdict:
@@ -36,6 +37,7 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
             torch.set_rng_state(state)
         leaves, cut = problem.sample(n, tensors)
         out = check_output(problem(cut, leaves), 1, problem.name, batched=problem.batched)
+        all_seen(problem, out, "loop", tensors)
         values.append(out if problem.create_graph else out.detach())
         for c, output in enumerate(out.reshape(-1)):
             for target, row in zip(problem.targets, gradients(output, cut, create_graph=problem.create_graph), strict=True):
