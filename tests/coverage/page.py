@@ -29,7 +29,9 @@ def written(found: Iterable[Line], version: str) -> str:
     with_parameters = [line for line in found if line.parameters]
     ruled = sum(line.by_rules for line in with_parameters)
     text = HEAD.format(torch=version)
-    text += f"Of {len(with_parameters)} modules with parameters, {ruled} are done by rules alone ({100 * ruled // len(with_parameters)} %); "
+    text += (
+        f"Of {len(with_parameters)} modules with parameters, {ruled} are done by rules alone ({100 * ruled // len(with_parameters)} %); "
+    )
     text += f"{sum(line.cases for line in found)} cases in all.\n\n## Modules with parameters\n\n" + table(with_parameters)
     text += "\n## Modules without parameters\n\nRun behind a learnt scale of their input; losses by `pt.gradient(loss=)`.\n\n"
     text += table([line for line in found if not line.parameters])
@@ -60,6 +62,8 @@ if __name__ == "__main__":
     every = []
     for line in lines(whole=True):
         every.append(line)
-        print(f"{line.module}: {line.cases} cases, {line.said()}, {line.worst:.1e}, {len(line.alarms)} alarms", *line.faults[:5], sep="\n    ")
+        print(
+            f"{line.module}: {line.cases} cases, {line.said()}, {line.worst:.1e}, {len(line.alarms)} alarms", *line.faults[:5], sep="\n    "
+        )
     if not any(line.faults for line in every):
         PAGE.write_text(written(every, torch.__version__.partition("+")[0]))

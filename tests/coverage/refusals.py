@@ -46,9 +46,7 @@ def numbers_under_softmax(module: nn.Module, batched: bool, shape: tuple[int, ..
 
 REASONS = (
     Reason("batch statistics: the output of a sample depends on the others", "MixingError: ...mixes samples", batch_statistics),
-    Reason(
-        "class weights cancel in the mean over a single sample", "InputError: ...loses the weights within one sample", weights_cancel
-    ),
+    Reason("class weights cancel in the mean over a single sample", "InputError: ...loses the weights within one sample", weights_cancel),
     Reason("softmax over a batch of single numbers", "MixingError: ...mixes samples", numbers_under_softmax),
 )
 
