@@ -205,7 +205,7 @@ def _solve(problem: Problem, method: str, policy: str) -> Jacobian | InputJacobi
     computed, made = compute(problem, method)
     made.check = policy
     found = wrap(problem, computed, made, Origin(check=lambda J, level: inspect(problem, made.method, level, J)))
-    verify(problem, found, policy)
+    verify(problem, found, policy, doubtful=computed.doubtful)
     return found
 
 

@@ -124,6 +124,16 @@ def body_of(function: Any) -> Any:
     return _REBOUND[function]
 
 
+def has_hooks(t: Tensor) -> bool:
+    """Whether the user registered hooks on the tensor's gradient (`register_hook`)."""
+    return bool(getattr(t, "_backward_hooks", None))
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile` wraps the module."""
+    return "_orig_mod" in module._modules
+
+
 def own_memory(z: Tensor) -> tuple[Tensor, Tensor]:
     """`z` and the tensor beneath its vmap levels, no longer a view: later in-place operations on z leave its gradient edge right."""
     if transform_of(z) != "vmap":

@@ -13,11 +13,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ._errors import OutputError, RandomnessError
+from ._graph import hides_uses
 from ._output import check_output
 from ._problem import Problem
 from ._signature import first_tensor
 from ._state import rng_kept
 from ._typing import Tensor
+from .rules import embedding
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Facts:
     """Why f cannot be called with one sample, where it cannot though it can with the whole batch."""
     forward_unsafe: tuple[str, ...] = ()
     """Operations whose forward-mode derivative differs from the reverse-mode one."""
+    reentrant: bool = False
+    """The graph has a node that runs a part of f again in the reverse pass (`torch.utils.checkpoint` with use_reentrant=True)."""
 
     @property
     def outputs(self) -> int:
@@ -78,6 +82,7 @@ def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] 
         tuple(counter.random),
         None,
         tuple(counter.unsafe),
+        hides_uses(out),
     )
 
 
@@ -116,6 +121,8 @@ class _Counter(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (F.embedding, F.embedding_bag) and (kwargs["weight"] if "weight" in kwargs else args[1]).requires_grad:
+            embedding.refuse(func, args, kwargs)
         state = random_state() if _may_be_random(func) else None
         out = func(*args, **kwargs)
         result = first_tensor(out)

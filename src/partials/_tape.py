@@ -90,7 +90,9 @@ class tape:
             ) from None
         shapes = {t.name: problem.shape_of(t) for t in problem.targets}
         verdict = Verdict("capture", "every forward and transposed use on a tape")
-        plan = Plan("a tape", "capture", (verdict,), len(r), tuple(r.shape[1:]), shapes, str(r.dtype).removeprefix("torch."), uses=computed.uses)
+        plan = Plan(
+            "a tape", "capture", (verdict,), len(r), tuple(r.shape[1:]), shapes, str(r.dtype).removeprefix("torch."), uses=computed.uses
+        )
         J: Any = wrap(problem, computed, plan, Origin())
         if check != "never":
             self._compare(J, r)

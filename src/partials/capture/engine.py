@@ -15,15 +15,16 @@ from .._output import check_output
 from .._problem import Problem
 from .._typing import Tensor
 from ..methods._base import Computed
+from ..methods._complete import stood_in_for
 from . import layout as layouts
 from .build import blocks_of, features
 from .describe import described
 from .known import LAYOUTS, key_of
 from .layout import Layout, spilt
-from .recorder import Recorder, Refused, Trace, Use
+from .recorder import Recorder, Refused, Trace, Unplaced, Use
 from .reverse import cotangents, weighted
 from .tape import TapeRecorder
-from .walk import missed
+from .walk import demand_complete
 
 Run = tuple[Tensor, Any, Trace, dict[str, Tensor]]
 
@@ -93,13 +94,7 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     """Completeness, layouts, reverse passes, blocks."""
     values, whole, trace, tensors = run
     wanted = parameters(problem, tensors)
-    if lost := missed(values, wanted, trace):
-        why = (
-            "f differentiates inside (torch.autograd.grad), where parameters are used again in the backward graph"
-            if trace.nested
-            else "a use that torch functions do not show"
-        )
-        raise Refused(f"{listed(sorted(lost))} is reached outside the recorded uses: {why}", nested=trace.nested)
+    demand_complete(values, wanted, trace, stood_in_for(problem, tensors))
     for use in trace.uses:
         if any(t._version != version for t, version in use.saved):
             raise Refused(f"an input of {use.operation} was changed in place after the operation read it")
@@ -130,9 +125,9 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     if not values.requires_grad:
         notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
     sources = tuple((f"an input of {use.operation}", t, t._version) for use in trace.uses for t, _ in use.saved)
-    return Computed(
-        values if problem.create_graph else values.detach(), blocks, notes, whole, sources, described(trace, wanted, size, measured, runner)
-    )
+    lines = described(trace, wanted, size, measured, runner)
+    doubtful = any(placed is not None and placed.owned is not None for placed in measured)
+    return Computed(values if problem.create_graph else values.detach(), blocks, notes, whole, sources, lines, doubtful)
 
 
 def merged(groups: Mapping[str, list[Block]]) -> dict[str, list[Block]]:
@@ -170,13 +165,15 @@ def _layouts(
         known = [None if p is None else layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]
         if all(k is not None or p is None for k, p in zip(known, remembered, strict=True)):
             return _spread(uses, known)
-    found, proved = _measure(problem, values, open_uses, edges, where)
+    found, proved = _measure(problem, values, open_uses, edges, where, layouts.tolerance(trace.dtypes))
     if proved and key is not None:
         LAYOUTS.put(key, tuple(None if layout is None else layouts.pattern(layout) for layout in found))
     return _spread(uses, found)
 
 
-def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], where: dict[Any, int]) -> tuple[list[Layout | None], bool]:
+def _measure(
+    problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], where: dict[Any, int], within: float
+) -> tuple[list[Layout | None], bool]:
     n = problem.size
     if n == 1:
         return [layouts.candidates(use.shape, 1)[0] for use in uses], False
@@ -195,9 +192,9 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
             found.append(None)
             continue
         one, two = (_canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two))
-        layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)))
+        layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)), within)
         if layout is None:
-            raise Refused(
+            raise Unplaced(
                 f"{use.operation}: no dimension of its output of shape {use.shape}, but for the parameter's own, holds {n} samples apart"
             )
         found.append(layout)

@@ -21,7 +21,7 @@ from .. import _compat
 from .._graph import reached
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
-from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, Declined, ExpandedPart, NoRule, Part, Run
+from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, REPEATED, RULES, Declined, ExpandedPart, NoRule, Part, Run, embedding
 from .layout import Layout
 
 EXPANDS = {
@@ -82,6 +82,8 @@ class Trace:
     """Where samples go depends on data: layouts hold for this call only."""
     refused: str = ""
     expanded: list[str] = field(default_factory=list)
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    """Of the tensors that depend on the samples: the coarsest sets how well two reverse passes can agree."""
 
 
 class Refused(Exception):
@@ -90,6 +92,10 @@ class Refused(Exception):
     def __init__(self, why: str, *, nested: bool = False) -> None:
         super().__init__(why)
         self.nested = nested
+
+
+class Unplaced(Refused):
+    """The cotangents of a use belong to no one sample, in no layout that its sizes allow."""
 
 
 class Recorder(TorchFunctionMode):
@@ -121,6 +127,10 @@ class Recorder(TorchFunctionMode):
             elif func in EXPANDS and not self.expand_unknown and self._gains_samples(out := func(*args, **kwargs), args[0]):
                 out = self._record_expanded(func, args[0], out)
                 depends = True
+            elif func in REPEATED and not self.expand_unknown and (once := REPEATED[func](*args, **kwargs)):
+                out = func(once[0], *args[1:], **kwargs)
+                with self:
+                    return out.expand(once[1])
             elif func not in EXPANDS or self.expand_unknown:
                 out = func(*args, **kwargs)
         else:
@@ -155,6 +165,7 @@ class Recorder(TorchFunctionMode):
 
     def _mark(self, out: Any, func: Any, args: Any) -> None:
         if isinstance(out, Tensor):
+            self.trace.dtypes.add(out.dtype)
             setattr(out, _MARK, self.token)
         elif isinstance(out, tuple | list):
             for _, t in walk(out, ""):
@@ -167,9 +178,12 @@ class Recorder(TorchFunctionMode):
                     setattr(written, _MARK, self.token)
 
     def _use(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor], tensors: list[Tensor]) -> Any:
+        embedding.refuse(func, args, kwargs)
         transforms = {_compat.transform_of(t) for t in tensors}
         if "other" in transforms or ("vmap" in transforms and not _compat.PRIVATE):
             raise Refused(f"{label(func)} runs inside a torch.func transform within f")
+        if any(t.is_complex() for t in (tensors if func in RULES else parameters)):
+            raise Refused(f"{label(func)} is complex arithmetic, for which there are no factors")
         expandable = self.expand_unknown or "vmap" in transforms  # (along our own vmap, or what the user's own maps over)
         if func in RULES:
             try:
@@ -212,12 +226,12 @@ class Recorder(TorchFunctionMode):
         if raw._is_view():
             out, raw = _compat.own_memory(out)
         if raw is out:
-            place = _Place(raw.shape)
+            place = Placement(raw.shape)
         else:
             levels, merges = raw.ndim - out.ndim, any(part.batched for part in parts)
             if merges and levels > 1:
                 raise NoRule("a batch within several vmaps")
-            place = _Place(torch.Size([raw.shape[d] for d in order]), order, levels, merges)
+            place = Placement(torch.Size([raw.shape[d] for d in order]), order, levels, merges)
             parts = [with_data(part, lambda t: self._physical(t, place)) for part in parts]
         edge = get_gradient_edge(raw)
         self.trace.stops[edge.node] = [t.grad_fn for t in self._data(args, kwargs, mine) if t.grad_fn is not None]
@@ -225,7 +239,7 @@ class Recorder(TorchFunctionMode):
             self._add(func, part, edge, place)
         return out
 
-    def _physical(self, t: Tensor, place: _Place) -> Tensor:
+    def _physical(self, t: Tensor, place: Placement) -> Tensor:
         """The tensor beneath vmap with the mapped dimensions of the operation's output in front."""
         raw, order = _compat.unwrapped(t)
         if raw is t:
@@ -242,7 +256,7 @@ class Recorder(TorchFunctionMode):
         one_level = all(raw.ndim - t.ndim == (raw is not t) for raw, t in zip(below, tensors, strict=True))
         if self.level is None or self.level != _compat.current_level() or not one_level:
             return func(*args, **kwargs)
-        place = _Place(torch.Size([self.size]), levels=1)
+        place = Placement(torch.Size([self.size]), levels=1)
         whole, named = rebuild((args, kwargs), iter([self._physical(t, place) for t in tensors]))
         try:
             return _compat.batched(PHYSICAL[func](*whole, **named), self.level)
@@ -286,7 +300,7 @@ class Recorder(TorchFunctionMode):
     def _record_expanded(self, func: Any, p: Tensor, wide: Tensor) -> Tensor:
         edge = get_gradient_edge(wide)
         self.trace.stops[edge.node] = []
-        self._add(func, ExpandedPart(p, wide), edge, _Place(wide.shape))
+        self._add(func, ExpandedPart(p, wide), edge, Placement(wide.shape))
         return wide
 
     def _gains_samples(self, out: Any, before: Tensor) -> bool:
@@ -296,7 +310,7 @@ class Recorder(TorchFunctionMode):
         old = (1,) * (out.ndim - before.ndim) + tuple(before.shape)
         return any(new != size and new % self.size == 0 for size, new in zip(old, out.shape, strict=True))
 
-    def _add(self, func: Any, part: Part, edge: GradientEdge, place: _Place) -> None:
+    def _add(self, func: Any, part: Part, edge: GradientEdge, place: Placement) -> None:
         if not self.attached:
             part = detached(part)
         saved = tuple((t, t._version) for t in read_by(part))
@@ -305,7 +319,7 @@ class Recorder(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class _Place:
+class Placement:
     """How an operation's output lies beneath vmap: its shape with the mapped dimensions in front, and how it gets there."""
 
     whole: torch.Size

@@ -24,7 +24,7 @@ from .. import _compat
 from .._typing import Tensor
 from ..methods._composite import TABLE as WRITTEN_OUT
 from ..rules import ELEMENTWISE, RULES, GatherPart, NoRule, OuterPart, SumPart
-from .recorder import Recorder, Refused, broadcast, label
+from .recorder import Placement, Recorder, Refused, broadcast, label
 
 _FLIPPED = {"oi": "io", "io": "oi"}
 
@@ -98,7 +98,7 @@ class TapeRecorder(Recorder):
         if self.open:
             edge = get_gradient_edge(z)
             self.trace.stops[edge.node] = [] if a.grad_fn is None else [a.grad_fn]
-            self._add(F.linear, OuterPart(weight, a, order), edge, tuple(z.shape), None)
+            self._add(F.linear, OuterPart(weight, a, order), edge, Placement(z.shape))
         return z
 
 
@@ -165,7 +165,14 @@ def _rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None
 
 
 def _batch_norm(
-    input: Tensor, mean: Any = None, var: Any = None, weight: Any = None, bias: Any = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5
+    input: Tensor,
+    mean: Any = None,
+    var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
     return _affine(F.batch_norm(input, mean, var, None, None, training, momentum, eps), _channels(weight, input), _channels(bias, input))
 

@@ -16,7 +16,9 @@ def own(J: Any, parameters: Iterable[Tensor]) -> Mapping[str, Tensor]:
     """The tensors that a closure's Jacobian is about, which must be parameters of the optimiser."""
     if not isinstance(J, Jacobian):
         raise InputError(
-            "the closure returned no Jacobian", got=type(J).__name__, expected="pt.jacobian(residual, ..., params=net), or pt.concat of them"
+            "the closure returned no Jacobian",
+            got=type(J).__name__,
+            expected="pt.jacobian(residual, ..., params=net), or pt.concat of them",
         )
     known = {tensor.data_ptr() for tensor in parameters}
     strange = [name for name, tensor in J.leaves.items() if tensor.numel() and tensor.data_ptr() not in known]

@@ -84,9 +84,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
     True
     """
 
-    def __init__(
-        self, params: Iterable[Any], damping: float = 1e-2, tries: int = 8, limits: tuple[float, float] = (1e-14, 1e10)
-    ) -> None:
+    def __init__(self, params: Iterable[Any], damping: float = 1e-2, tries: int = 8, limits: tuple[float, float] = (1e-14, 1e10)) -> None:
         _require(damping > 0 and tries >= 1, f"damping={damping!r}, tries={tries!r}", "a positive damping and at least one try")
         super().__init__(params, {"tries": tries, "limits": limits})
         self.damping, self._growth = damping, 2.0

@@ -15,7 +15,9 @@ from .nested import Slot
 from .specs import VALUE, Term
 
 
-def taylor(call: Callable[..., Any], tensors: Sequence[Tensor], slots: Sequence[Slot], wanted: Iterable[Term]) -> tuple[dict[Term, Tensor], frozenset[str]]:
+def taylor(
+    call: Callable[..., Any], tensors: Sequence[Tensor], slots: Sequence[Slot], wanted: Iterable[Term]
+) -> tuple[dict[Term, Tensor], frozenset[str]]:
     """The value of `call(*tensors)` and the derivatives of a frame that holds the wanted ones, each of the value's shape; and the names of
     the functions of straight pieces that it ran through.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from .._errors import InputError, MixingError, listed
+from .._mixing import Culprit, first_difference
 from .._typing import Tensor
 from .coordinates import Coordinates
 from .nested import Seeds
@@ -114,6 +116,7 @@ class Proof:
         for kept, rows in zip(self.halves, moved, strict=True):
             if not _close(_of(kept, rows), _of(kept, still), _TOLERANCE * eps):
                 raise self._mixing("values at half of the points change when the other half moves")
+
     def _rows(self, tensor: Tensor, source: np.ndarray) -> Tensor:
         """The tensor with the coordinates of the points `source` in place of its own."""
         return tensor.detach().reshape(self.points.count, -1)[torch.from_numpy(source).to(tensor.device)].reshape(tensor.shape)
@@ -127,12 +130,26 @@ class Proof:
             for name, layer in part.named_modules() if isinstance(part, nn.Module) else ():
                 names.setdefault(layer, name or type(layer).__name__)
         layers = [name for layer, name in names.items() if layer.training and isinstance(layer, _BATCH_NORMS)]
-        return MixingError(
+        culprit = self._culprit()
+        error = MixingError(
             "the value at one point depends on other points, so there are no derivatives point by point",
-            got=evidence,
+            got=evidence + (f"; first in {culprit}" if culprit else ""),
             expected="every point's value computed from its own coordinates",
             hint=f"module.eval(): batch statistics in {listed(layers)}" if layers else _VECTORS,
         )
+        error.culprit = culprit
+        return error
+
+    def _culprit(self) -> Culprit | None:
+        """The operation that mixes points, told from one of them: the mean over points may be what it is for the one in the middle."""
+        count, call, tensors = self.points.count, self.coordinates.call, self.points.tensors
+
+        def alike(point: int) -> Callable[[], Any]:
+            moved = {name: self._rows(tensors[name], np.full(count, point)) for name in self.asked}
+            return partial(rehearse, call, {**tensors, **moved})
+
+        found = (first_difference(partial(rehearse, call, tensors), alike(n), count, n) for n in (count // 2, count - 1))
+        return next((culprit for culprit in found if culprit is not None), None)
 
 
 _VECTORS = 'vectors=("r",) if the last dimension of an input is one vector'

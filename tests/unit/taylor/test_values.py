@@ -129,9 +129,7 @@ def test_complex_output(points: Points, run: Run) -> None:
     assert close(found["t"], -2j * wave(x, t)) and close(found["xx"], -9 * wave(x, t))
 
 
-@pytest.mark.parametrize(
-    "activation", [nn.GELU(), nn.SiLU(), nn.Softplus(), nn.ELU(), nn.Sigmoid(), nn.Softmax(-1)]
-)
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Softplus(), nn.ELU(), nn.Sigmoid(), nn.Softmax(-1)])
 def test_layers_on_which_nested_forward_mode_fails(brute_force: Oracle, points: Points, run: Run, activation: nn.Module) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(3)

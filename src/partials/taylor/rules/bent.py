@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..._typing import Tensor
-from ..jets import Jet, NoRule, Operand, compose, lifted, lengthened, linear, plus, scaled
+from ..jets import Jet, NoRule, Operand, compose, lengthened, lifted, linear, plus, scaled
 from ..series import piecewise_linear
 from ..table import BENT, enter, found, jet_rule
 from .pointwise import _kept
@@ -38,7 +38,13 @@ for _name, _function, _slope in (
     ("__abs__", torch.abs, torch.sign),
 ):
     enter(_bent(_function, _slope), _name)
-BENT.update({function: name for name in ("relu", "relu6", "hardsigmoid", "leaky_relu", "hardtanh", "threshold", "prelu") for function in found(name)})
+BENT.update(
+    {
+        function: name
+        for name in ("relu", "relu6", "hardsigmoid", "leaky_relu", "hardtanh", "threshold", "prelu")
+        for function in found(name)
+    }
+)
 BENT.update({function: name for name in ("hardshrink", "softshrink") for function in found(name)})
 
 
@@ -177,5 +183,6 @@ def _pooled(pool: Any, dims: int) -> Callable[..., Jet]:
 
 
 for _dims in (1, 2, 3):
-    enter(_pooled(getattr(F, f"max_pool{_dims}d_with_indices"), _dims), getattr(F, f"max_pool{_dims}d"), getattr(torch, f"max_pool{_dims}d"))
-
+    enter(
+        _pooled(getattr(F, f"max_pool{_dims}d_with_indices"), _dims), getattr(F, f"max_pool{_dims}d"), getattr(torch, f"max_pool{_dims}d")
+    )

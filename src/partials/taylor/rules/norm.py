@@ -28,7 +28,9 @@ def _by_channel(parameter: Any, ndim: int) -> Any:
 
 
 @jet_rule(F.layer_norm, torch.layer_norm)
-def layer_norm(input: Jet, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True) -> Jet:
+def layer_norm(
+    input: Jet, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
+) -> Jet:
     dims = tuple(range(-len(tuple(normalized_shape)), 0))
     return _affine(_whitened(input, dims, eps), weight, bias)
 

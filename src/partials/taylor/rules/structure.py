@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..._typing import Tensor
-from ..jets import Jet, NoRule, join, lengthened, linear, lifted
+from ..jets import Jet, NoRule, join, lengthened, lifted, linear
 from ..table import enter, jet_rule
 
 _BY_DIMENSION = {
@@ -43,7 +43,7 @@ _SEVERAL = {
     "split_with_sizes": "split_sizes dim=0",
 }
 _DIMENSIONS = ("dim", "dims", "dim0", "dim1", "dim2", "axis0", "axis1", "source", "destination", "start_dim", "end_dim")
-_VIEWS = "transpose swapaxes swapdims movedim moveaxis narrow select permute flatten unflatten diagonal".split()
+_VIEWS = ["transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "narrow", "select", "permute", "flatten", "unflatten", "diagonal"]
 
 
 def behind(dim: Any, ndim: int) -> Any:
@@ -251,7 +251,9 @@ def getitem(f: Jet, index: Any) -> Jet:
 
 @jet_rule("gather", "take_along_dim")
 def gather(f: Jet, dim: Any = None, index: Any = None, **kwargs: Any) -> Jet:
-    dim, index = (kwargs.get("dim", index), kwargs.get("indices", dim)) if isinstance(dim, torch.Tensor) or "indices" in kwargs else (dim, index)
+    dim, index = (
+        (kwargs.get("dim", index), kwargs.get("indices", dim)) if isinstance(dim, torch.Tensor) or "indices" in kwargs else (dim, index)
+    )
     if not isinstance(f, Jet) or isinstance(index, Jet) or dim is None:
         raise NoRule("an index that depends on the coordinates")
     return linear(f, lambda t: t.gather(behind(dim, f.ndim), index.expand(t.shape[0], *index.shape)))
