@@ -155,11 +155,8 @@ def _layouts(
     open_uses = [use for use in uses if use.layout is None]
     if not open_uses:
         return _spread(uses, [])
-    key = (
-        None
-        if trace.routed
-        else key_of(problem, [(use.operation, len(use.shape), tuple(s % n == 0 for s in use.shape)) for use in open_uses])
-    )
+    signs = [(use.operation, len(use.shape), tuple(s % n == 0 for s in use.shape)) for use in open_uses]
+    key = None if trace.routed else key_of(problem, [*signs, *trace.answers])
     remembered = LAYOUTS.get(key)
     if remembered is not None and not anew:
         known = [None if p is None else layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]

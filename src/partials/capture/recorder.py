@@ -42,11 +42,19 @@ ROUTES = frozenset(
         *("index_select", "gather", "take", "take_along_dim", "masked_select", "sort", "argsort", "topk", "nonzero", "argwhere"),
         *("index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
         *("index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter_"),
-        *("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose"),
+        *("numpy", "__array__"),
     )
     if hasattr(owner, name)
 )
-"""Operations by which data decide where samples go, or what is run: a layout measured for some data is none for others."""
+"""Operations by which data decide where samples go: a layout measured for some data is none for others."""
+ANSWERS = frozenset(
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose")
+    if hasattr(owner, name)
+) | {_compat.PACK}
+"""Operations by which data decide what is run: the same layouts hold wherever the same answers were given."""
+LONGEST_ANSWER = 4096
 _PICKS = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _MARK = "_partials_sample"
 
@@ -83,6 +91,8 @@ class Trace:
     """Where samples go depends on data: layouts hold for this call only."""
     one_by_one: bool = False
     """A derivative that torch computes wrongly for several outputs at once is in the graph."""
+    answers: list[str] = field(default_factory=list)
+    """What data answered to Python: branches, lengths."""
     refused: str = ""
     expanded: list[str] = field(default_factory=list)
     dtypes: set[torch.dtype] = field(default_factory=set)
@@ -146,9 +156,16 @@ class Recorder(TorchFunctionMode):
                 self.trace.one_by_one = True
                 if self.expand_unknown:
                     raise Refused(f"torch's derivative of {label(func)} under vmap is wrong")
-            if func in ROUTES or (func in _PICKS and _by_data(args[1])):
+            if func in ANSWERS:
+                self._note_answer(func, out)
+            elif func in ROUTES or (func in _PICKS and _by_data(args[1])):
                 self.trace.routed = True
         return out
+
+    def _note_answer(self, func: Any, out: Any) -> None:
+        answer = repr(out[1].tolist() if func is _compat.PACK else out)
+        self.trace.routed |= len(answer) > LONGEST_ANSWER
+        self.trace.answers.append(answer)
 
     def _scan(self, tensors: list[Tensor]) -> tuple[bool, list[Tensor]]:
         """Whether any tensor depends on the samples, and the tensors that lead to wanted parameters and do not."""

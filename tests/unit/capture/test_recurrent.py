@@ -114,6 +114,12 @@ def test_packed(kind, lengths, layers, bidirectional, batch_first, sort):
     agrees(Packed(layer, sort), torch.randint(9, (len(lengths), 4)), lengths, check="always" if len(lengths) > 1 else "never")
 
 
+def test_a_layout_of_equal_lengths_does_not_serve_others():
+    net, index = Packed(nn.GRU(3, 4), False), torch.randint(9, (3, 4))
+    for lengths in ([2, 2, 2], [3, 2, 1], [4, 1, 1], [2, 2, 2], [4, 3, 2]):
+        agrees(net, index, torch.tensor(lengths))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", CELLS)
 def test_cells(kind, bias):
