@@ -21,7 +21,6 @@ from ._state import rng_kept
 from ._typing import Tensor
 from .rules import embedding
 
-
 UNBATCHED = frozenset({torch.native_group_norm})
 """torch 2.13: vmap of the backward of its second and third output is wrong, with no error (F.group_norm has only the first)."""
 

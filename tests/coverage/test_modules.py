@@ -1,4 +1,4 @@
-"""Every module of torch's own database and what it lacks: exact, or refused for a reason in the list. A share by default, all with --run-slow."""
+"""Every module of torch's database and what it lacks: exact, or refused for a reason in the list. By default a share, all if slow."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_page_has_every_module_and_rules_for_most_that_have_parameters():
     assert set(rows) == {*KNOWN, *extra.EXTRA}
     text = page.PAGE.read_text()
     with_parameters = text.split("## Modules with parameters")[1].split("## Modules without")[0]
-    hows = [row.split("|")[2].strip() for row in with_parameters.splitlines() if row.startswith("| nn.") or row.startswith("| containers")]
+    hows = [row.split("|")[2].strip() for row in with_parameters.splitlines() if row.startswith(("| nn.", "| containers"))]
     assert sum(how == "rule" for how in hows) >= 0.85 * len(hows) > 30
     assert all(worst <= judge.EXACT for _, worst in rows.values())
 

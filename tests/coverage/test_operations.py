@@ -1,4 +1,4 @@
-"""Every operation of torch's own database that takes a parameter: exact, or refused, none wrong. A share by default, all with --run-slow."""
+"""Every operation of torch's database that takes a parameter: exact, or refused, none wrong. By default a share, all if slow."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .._output import check_output
 from .._graph import strided
+from .._output import check_output
 from .._plan import Cost, Verdict
 from .._probe import Facts
 from .._problem import Problem
