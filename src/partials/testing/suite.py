@@ -61,7 +61,7 @@ def check_rule(
     True
     """
     name = getattr(operation, "__name__", str(operation))
-    given = {**dict(enumerate(args)), **kwargs}
+    given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
     call, single = (_called(operation, given, dims or {}, out_dim, dtype) for dtype in (torch.float64, torch.float32))
     _demand_rule(call, name)
     found = [
