@@ -103,9 +103,7 @@ class _Evaluation:
                     torch.set_rng_state(before)
                 self.known.refused = f"no rule for {missing}"
                 if method == "taylor":
-                    raise MethodError(
-                        "the function cannot run in Taylor mode", got=f"no rule for {missing}", hint='method="auto" or "nested"'
-                    ) from None
+                    raise _unable(self.known.refused) from None
                 plan = self.plan(method)
             drawn = before is not None and not torch.equal(before, torch.get_rng_state())
         if made is None:
@@ -129,6 +127,8 @@ class _Evaluation:
             refusal = "a torch.func transform is running around this call"
         elif inside_jets():
             raise NoRule("derivatives inside a function that is differentiated itself")
+        if refusal and method == "taylor":
+            raise _unable(refusal)
         if not refusal and method == "auto" and watched():
             method = "taylor"  # linear layers pass through the mode around us as uses that it can record
         return planned(self.terms, self.known.width, training, refusal, method)
@@ -194,6 +194,10 @@ class _Evaluation:
                 f"({', '.join(names)}), whose second derivatives vanish; a smooth activation such as tanh or SiLU has them",
                 stacklevel=2,
             )
+
+
+def _unable(refusal: str) -> MethodError:
+    return MethodError("the function cannot run in Taylor mode", got=refusal, hint='method="auto" or "nested"')
 
 
 def _bends(call: Call) -> set[str]:

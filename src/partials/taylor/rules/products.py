@@ -16,10 +16,7 @@ from .structure import batchwise, lengthened
 
 @jet_rule(F.linear)
 def linear_(input: Any, weight: Any, bias: Any = None) -> Jet:
-    if isinstance(weight, Jet):
-        made = matmul(input, linear(weight, lambda t: t.mT))
-    else:
-        made = stacked(input, lambda t: F.linear(t, weight))
+    made = matmul(input, linear(weight, lambda t: t.mT)) if isinstance(weight, Jet) else stacked(input, lambda t: F.linear(t, weight))
     return made if bias is None else plus(made, bias)
 
 
