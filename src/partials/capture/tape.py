@@ -117,7 +117,7 @@ class _Product(torch.autograd.Function):
     """The product, with the weight behind a link: its own gradient is computed only by a pass that asks for it."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, link: Tensor, weight: Tensor, use: _Use) -> Tensor:  # noqa: ARG004 - the link is for the graph alone
+    def forward(ctx: Any, a: Tensor, link: Tensor, weight: Tensor, use: _Use) -> Tensor:
         ctx.save_for_backward(a)
         ctx.use = use
         return _product(a, weight, use.order)
