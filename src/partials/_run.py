@@ -13,8 +13,9 @@ from ._columns import Columns
 from ._errors import MethodError
 from ._input_jacobian import InputJacobian
 from ._jacobian import Jacobian
+from ._machine import share
 from ._output import detached
-from ._plan import Plan, Verdict, choose, known
+from ._plan import LARGE, Plan, TooLarge, Verdict, choose, human_bytes, known
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import Origin
@@ -66,6 +67,7 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
             (Verdict("capture", refused.get("capture", "not asked for")), *verdicts),
             choose(verdicts, method, problem.budget),
         )
+        _demand_room(problem, made)
         with problem.running(f"computing the Jacobian (method {made.method!r})"):
             try:
                 aux = _whole(problem)
@@ -75,6 +77,17 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
                 if method != "auto":
                     raise
                 refused[made.method] = f"{error.what}: {error.got}" if error.got else error.what
+
+
+def _demand_room(problem: Problem, made: Plan) -> None:
+    """TooLarge where the rows would take more than their share of what is free."""
+    needed = made.chosen.cost.bytes if made.chosen.cost is not None else 0
+    if needed > LARGE and needed > (room := share(problem.targets[0].tensor.device)):
+        raise TooLarge(
+            f"the rows do not fit (method {made.method!r})",
+            got=human_bytes(needed),
+            expected=f"at most {human_bytes(room)}, half of what is free",
+        )
 
 
 def _textbook(problem: Problem, facts: Facts) -> tuple[Verdict, ...]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .._compat import inside_transform
 from .._errors import MethodError
-from .._plan import Cost, Use, Verdict
+from .._machine import share
+from .._plan import LARGE, Cost, TooLarge, Use, Verdict, human_bytes
 from .._probe import Facts, demand_policy, look, random_state
 from .._problem import Problem
 from ..methods._base import Computed
 from .describe import described, held
 from .engine import native, parameters, solve, vmapped
 from .recorder import Refused
+from .recorder import Use as Recorded
 from .walk import missed
 
 
@@ -38,7 +41,7 @@ def attempt(problem: Problem) -> tuple[Computed | None, list[str]]:
             if problem.randomness == "error" and random_state() != before:
                 restore(before)
                 demand_policy(problem, look(problem))
-            within_budget(problem, run[2].uses, int(torch.Size(run[0].shape[1:]).numel()))
+            demand_room(problem, run[2].uses, int(torch.Size(run[0].shape[1:]).numel()))
             return solve(problem, run, name), reasons
         except Refused as refused:
             reasons.append(f"{name}: {refused}")
@@ -61,7 +64,6 @@ def preview(problem: Problem, facts: Facts) -> Preview:
             wanted = parameters(problem, tensors)
             if lost := missed(values, wanted, trace):
                 raise Refused(f"{', '.join(sorted(lost))} reached outside the recorded uses")
-            within_budget(problem, trace.uses, facts.outputs)
             cost = _cost(problem, facts, sum(held(use) for use in trace.uses))
             return Preview(
                 Verdict("capture", f"{name} run, every use of every parameter in factors", cost),
@@ -80,13 +82,11 @@ def verdict(problem: Problem, facts: Facts, computed: Computed) -> Verdict:
     return Verdict("capture", "every use of every parameter in factors", _cost(problem, facts, held_bytes))
 
 
-def within_budget(problem: Problem, uses: list, outputs: int) -> None:  # type: ignore[type-arg]
-    """Refused where the factors alone would pass the budget."""
-    if problem.budget is None:
-        return
+def demand_room(problem: Problem, uses: Sequence[Recorded], outputs: int) -> None:
+    """TooLarge where the factors would take more than their share of what is free."""
     needed = sum(held(use) for use in uses) * max(1, outputs)
-    if needed > problem.budget:
-        raise Refused(f"the factors need {needed} bytes, more than max_memory={problem.budget}")
+    if needed > LARGE and needed > (room := share(problem.targets[0].tensor.device)):
+        raise TooLarge("the factors do not fit", got=human_bytes(needed), expected=f"at most {human_bytes(room)}, half of what is free")
 
 
 def restore(state: bytes) -> None:
