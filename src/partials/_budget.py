@@ -8,6 +8,7 @@ together is cut into ranges of outputs. Where f draws random numbers for the bat
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
@@ -35,8 +36,8 @@ from .checks.report import merged
 
 SAFE, GROWTH, HELD, TILES, OVERHEAD = 0.45, 4, 6, 16, 2**20
 """Share of the room that measured bytes may take (the C library's heap was seen to take twice what is held, kernels have buffers of
-their own); growth of pieces; a Jacobian is held whole if it takes a sixth of the budget at most (finding out where the samples lie takes twice that); temporaries are a sixteenth of it
-each; bytes that Python itself takes."""
+their own); growth of pieces; a Jacobian is held whole if it takes a sixth of the budget at most (finding out where the samples lie
+takes twice that); temporaries are a sixteenth of it each; bytes that Python itself takes."""
 TRIAL = 5
 """Samples of the piece that is checked."""
 
@@ -219,7 +220,8 @@ class Measured(Pieces):
         while at < total:
             place = self._place(at, sizes.next)
             count = place.rows[1] if self.whole_batch else place.rows[0] * place.rows[1]
-            part, peak, failed = _tried(work, place, sizes.measuring, self.budget // TILES)
+            with self.room():
+                part, peak, failed = _tried(work, place, sizes.measuring)
             if failed:
                 sizes.failed(count, failed)
                 continue
@@ -228,6 +230,9 @@ class Measured(Pieces):
             del part
             trim()
             at += count
+
+    def room(self) -> AbstractContextManager[None]:
+        return _room.limited(max(self.budget // TILES, 2**12))
 
     def _place(self, at: int, count: int) -> Place:
         n, c = self.rows
@@ -337,16 +342,15 @@ def _refused() -> Pieces:
     )
 
 
-def _tried(work: Callable[[Place], Any], place: Place, measuring: bool, room: int) -> tuple[Any, int | None, str]:
+def _tried(work: Callable[[Place], Any], place: Place, measuring: bool) -> tuple[Any, int | None, str]:
     """(part, bytes held at once where they were measured, "") or (None, None, the failure of an allocation)."""
     failed = ""
     try:
-        with _room.limited(max(room, 2**12)):
-            if not measuring:
-                return work(place), None, ""
-            with meter() as seen:
-                part = work(place)
-            return part, seen.peak, ""
+        if not measuring:
+            return work(place), None, ""
+        with meter() as seen:
+            part = work(place)
+        return part, seen.peak, ""
     except Exception as error:
         if not (isinstance(error, TooLarge) or out_of_memory(error)):
             raise

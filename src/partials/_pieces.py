@@ -11,11 +11,13 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._machine import trim
 from ._typing import Tensor
 
 if TYPE_CHECKING:
@@ -75,6 +77,10 @@ class Pieces(ABC):
     def check(self, level: str) -> Report:
         """Every piece compared with independent computations, in one report."""
 
+    def room(self) -> AbstractContextManager[None]:
+        """Temporaries inside are kept to what pieces may take."""
+        return nullcontext()
+
     def through(self, view: Callable[[Any], Any]) -> Pieces:
         """The same pieces, each seen through `view`."""
         return Seen(self, view)
@@ -94,6 +100,9 @@ class Seen(Pieces):
 
     def sweep(self, work: Callable[[Place], Any], sink: Sink, *, outputs: bool = True) -> None:
         self.inner.sweep(work, sink, outputs=outputs)
+
+    def room(self) -> AbstractContextManager[None]:
+        return self.inner.room()
 
     def dtype(self) -> torch.dtype:
         return self.inner.dtype()
@@ -249,7 +258,7 @@ def added(*cut: str, outputs: bool = False, together: str = "") -> Callable[[Any
     return wrap
 
 
-def known(found: Tensor | None) -> Tensor:
+def known(found: Any) -> Any:
     """What a sweep has put together."""
     assert found is not None
     return found
@@ -290,9 +299,11 @@ def gram(J: Any, other: Any) -> Tensor:
 
         J.pieces.sweep(own, whole)
         for i, left in enumerate(whole.places):
-            mine = J.pieces.at(left)
+            mine = None if left is whole.places[-1] else J.pieces.at(left)
             for right in whole.places[i + 1 :]:
-                whole.pair(mine.gram(J.pieces.at(right)), left, right)
+                with J.pieces.room():
+                    whole.pair(known(mine).gram(J.pieces.at(right)), left, right)
+                trim()
         return known(whole.found).reshape(*J._lead, *J._lead)
     if J.pieces is None:  # so `other` has pieces
         ours, theirs = len(J._lead), len(other._lead)
