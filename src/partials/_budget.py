@@ -22,12 +22,13 @@ from ._errors import MemoryBudgetError
 from ._machine import share, trim
 from ._output import check_output, detached
 from ._part import outputs_of, part, span
-from ._pieces import Joined, Pieces, Place, Sink, Written, known
+from ._pieces import Pieces
 from ._plan import Plan, TooLarge, human_bytes
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import AbstractJacobian, Origin
 from ._run import compute, wrap
+from ._sinks import Joined, Place, Sink, Written, known
 from ._snapshot import Snapshot
 from ._state import drawn_from
 from ._typing import Tensor
@@ -96,14 +97,14 @@ def _within(problem: Problem, method: str, policy: str, budget: int, *, hold: bo
 
 def _trial(problem: Problem, method: str, policy: str) -> tuple[Any, float, float]:
     """A Jacobian of a few samples, checked, and the bytes of each sample and of none."""
-    with meter() as one:
-        _whole(span(problem, slice(0, 1)), method, "never")
     count = min(TRIAL, problem.size)
     few = span(problem, slice(0, count))
+    found = _whole(few, method, policy)  # (what is found out once is found out here, so that the same call measures the same bytes)
+    with meter() as one:
+        _whole(span(problem, slice(0, 1)), found.plan.method, "never")
     with meter() as several:
-        found = _whole(few, method, "never")
+        _whole(few, found.plan.method, "never")
     each = max((several.peak - one.peak) / max(1, count - 1), several.peak / count / 8, 1.0)
-    verify(few, found, policy)
     return found, each, max(0.0, several.peak - each * count)
 
 

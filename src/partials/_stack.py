@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ._errors import MethodError
-from ._pieces import Pieces, Place, Sink
+from ._pieces import Pieces
+from ._sinks import Place, Sink
 from ._typing import Tensor
 
 if TYPE_CHECKING:
