@@ -7,19 +7,16 @@ together is cut into ranges of outputs. Where f draws random numbers for the bat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from math import isqrt
 from typing import Any
 
 import torch
 
-from . import _room
 from ._blocks import size_of
 from ._compat import meter
 from ._errors import MemoryBudgetError
 from ._machine import share, trim
+from ._measured import Measured, out_of_memory, too_small
 from ._output import check_output, detached
 from ._part import outputs_of, part, span
 from ._pieces import Pieces
@@ -28,19 +25,16 @@ from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import AbstractJacobian, Origin
 from ._run import compute, wrap
-from ._sinks import Joined, Place, Sink, Written, known
+from ._sinks import Joined, Place, Written, known
 from ._snapshot import Snapshot
 from ._state import drawn_from
 from ._typing import Tensor
 from .checks import Report, inspect, verify
 from .checks.report import merged
 
-SAFE, GROWTH, HELD, TILES, OVERHEAD = 0.45, 4, 6, 16, 2**20
-"""Share of the room that measured bytes may take (the C library's heap was seen to take twice what is held, kernels have buffers of
-their own); growth of pieces; a Jacobian is held whole if it takes a sixth of the budget at most (finding out where the samples lie
-takes twice that); temporaries are a sixteenth of it each; bytes that Python itself takes."""
-TRIAL = 5
-"""Samples of the piece that is checked."""
+HELD, TRIAL = 6, 5
+"""A Jacobian is held whole if it takes a sixth of the budget at most (finding out where the samples lie takes twice that); samples of
+the piece that is checked."""
 
 
 def solve(problem: Problem, method: str, policy: str) -> Any:
@@ -63,13 +57,6 @@ def solve(problem: Problem, method: str, policy: str) -> Any:
     return found
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch's own error on CUDA, its text on a CPU, or Python's."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
-
-
 def _whole(problem: Problem, method: str, policy: str) -> Any:
     computed, made = compute(problem, method)
     made.check = policy
@@ -89,23 +76,31 @@ def _within(problem: Problem, method: str, policy: str, budget: int, *, hold: bo
     snapshot = Snapshot.of(problem)
     if together:
         return _pieces_of(problem, method, policy, budget, snapshot, facts, None)
-    found, each, fixed = _trial(problem, method, policy)
+    found, each, fixed = _trial(problem, method, policy, budget)
     if hold and (fixed + each * problem.size) * HELD <= budget:
         return _limited(_whole(problem, found.plan.method, policy), budget)
     return _pieces_of(problem, found.plan.method, policy, budget, snapshot, facts, found)
 
 
-def _trial(problem: Problem, method: str, policy: str) -> tuple[Any, float, float]:
-    """A Jacobian of a few samples, checked, and the bytes of each sample and of none."""
-    count = min(TRIAL, problem.size)
-    few = span(problem, slice(0, count))
-    found = _whole(few, method, policy)  # (what is found out once is found out here, so that the same call measures the same bytes)
+def _trial(problem: Problem, method: str, policy: str, budget: int) -> tuple[Any, float, float]:
+    """A Jacobian of a few samples, checked and then emptied, and the bytes of each sample and of none."""
     with meter() as one:
-        _whole(span(problem, slice(0, 1)), found.plan.method, "never")
+        _whole(span(problem, slice(0, 1)), method, "never")
+    count = min(TRIAL if 3 * TRIAL * one.peak <= budget else 2, problem.size)
+    few = span(problem, slice(0, count))
+    found = _emptied(_whole(few, method, policy))  # (what is found out once is found out here, so that the same call measures the same)
     with meter() as several:
         _whole(few, found.plan.method, "never")
+    trim()
     each = max((several.peak - one.peak) / max(1, count - 1), several.peak / count / 8, 1.0)
     return found, each, max(0.0, several.peak - each * count)
+
+
+def _emptied(found: Any) -> Any:
+    """The Jacobian's form without its rows."""
+    inputs = getattr(found, "inputs", None)
+    found = found if inputs is None else replace(found, inputs=_emptied(inputs))
+    return replace(found, blocks={}, origin=Origin())
 
 
 def _limited(found: Any, budget: int) -> Any:
@@ -189,61 +184,6 @@ class _Values(Joined):
         if self.found is None:
             self.found = part.new_empty(self.rows[0], *part.shape[1:])
         self.found[place.samples] = part
-
-
-def too_small(budget: int, needed: float, what: str) -> MemoryBudgetError:
-    return MemoryBudgetError(
-        "the result does not fit within max_memory",
-        got=f"max_memory of {human_bytes(budget)}",
-        expected=f"at least {human_bytes(needed)} for {what}",
-        hint="fewer samples or parameters at once, out= where a quantity takes it, or a larger max_memory",
-    )
-
-
-class Measured(Pieces):
-    """Pieces whose sizes follow from what the ones before took."""
-
-    budget: int
-    kept: tuple[Tensor, ...] = ()
-    """f's values, (N, *out), once they are known."""
-    whole_batch = False
-    """The samples stay together: f draws random numbers for all of them, or does not run on one."""
-    cuts_outputs = True
-
-    def sweep(self, work: Callable[[Place], Any], sink: Sink, *, outputs: bool = True) -> None:
-        n, c = self.rows
-        total, at = (c if self.whole_batch else n * c), 0
-        if not total:
-            sink.put(work(Place(slice(0, n), slice(0, c))), Place(slice(0, n), slice(0, c)))
-            return
-        least = 1 if outputs and self.cuts_outputs else c
-        sizes = Sizes(self.budget, sum(t.nbytes for t in self.kept), least, least if self.whole_batch else c)
-        while at < total:
-            place = self._place(at, sizes.next)
-            count = place.rows[1] if self.whole_batch else place.rows[0] * place.rows[1]
-            with self.room():
-                part, peak, failed = _tried(work, place, sizes.measuring)
-            if failed:
-                sizes.failed(count, failed)
-                continue
-            sizes.saw(count, peak, sink.size(part, place))
-            sink.put(part, place)
-            del part
-            trim()
-            at += count
-
-    def room(self) -> AbstractContextManager[None]:
-        return _room.limited(max(self.budget // TILES, 2**12))
-
-    def _place(self, at: int, count: int) -> Place:
-        n, c = self.rows
-        if self.whole_batch:
-            return Place(slice(0, n), slice(at, min(c, at + count)))
-        sample, output = divmod(at, c)
-        if output or count < c:
-            return Place(slice(sample, sample + 1), slice(output, min(c, output + count)))
-        left, fit = n - sample, prime(count // c)
-        return Place(slice(sample, sample + (fit if fit <= left else min(left, max(1, fit // 3)))), slice(0, c))
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,70 +270,8 @@ class Again(Measured):
         return merged(reports, self.problem.size)
 
 
-def prime(count: int) -> int:
-    """The largest prime up to `count` (or 1), a number of samples that seldom divides other sizes: where the samples lie in a tensor
-    is then seen from its shape, and need not be measured again in a large piece. (What is left at the end goes in thirds for that.)"""
-    return next((p for p in range(count, 1, -1) if all(p % d for d in range(2, isqrt(p) + 1))), 1)
-
-
 def _refused() -> Pieces:
     raise MemoryBudgetError(
         "samples cannot be chosen here: f draws random numbers for the whole batch, and its rows are not held",
         hint="choose from a quantity of the whole: J.norms()[index]",
     )
-
-
-def _tried(work: Callable[[Place], Any], place: Place, measuring: bool) -> tuple[Any, int | None, str]:
-    """(part, bytes held at once where they were measured, "") or (None, None, the failure of an allocation)."""
-    failed = ""
-    try:
-        if not measuring:
-            return work(place), None, ""
-        with meter() as seen:
-            part = work(place)
-        return part, seen.peak, ""
-    except Exception as error:
-        if not (isinstance(error, TooLarge) or out_of_memory(error)):
-            raise
-        failed = str(error).partition("\n")[0] or type(error).__name__
-    return None, None, failed
-
-
-class Sizes:
-    """How many rows the next piece takes: `next`, from what the pieces before it took."""
-
-    def __init__(self, budget: int, kept: int, least: int, first: int) -> None:
-        self.budget, self.kept, self.least, self.next = budget, kept, least, first
-        self.seen: list[tuple[int, int]] = []
-        self.measuring, self.most = True, 0
-
-    def saw(self, count: int, peak: int | None, result: int) -> None:
-        """A piece of `count` rows took `peak` bytes, of a result of `result` bytes."""
-        if peak is None:
-            return
-        result += self.kept
-        room = self.budget - result
-        room -= min(OVERHEAD, room // 4)
-        if room <= 0:
-            raise too_small(self.budget, result, "the result alone, and f's values")
-        if peak > room:
-            if count <= self.least:
-                raise too_small(self.budget, result + peak, "the result and one piece of the smallest size")
-            self.next = self.most = max(self.least, int(count * SAFE * room / peak))
-            self.seen.clear()
-            return
-        (before, its) = self.seen[-1] if self.seen and self.seen[-1][0] != count else (0, 0)
-        slope = max((peak - its) / (count - before), peak / count / 8) if count > before else peak / count
-        self.seen.append((count, peak))
-        fits = count + max(0, int((SAFE * room - peak) / max(slope, 1e-9)))
-        wanted = max(self.least, min(GROWTH * count, fits, self.most or fits))
-        self.measuring = wanted > count
-        self.next = max(wanted, count) if peak <= room * SAFE else wanted
-
-    def failed(self, count: int, why: str) -> None:
-        """An allocation failed: half as many rows, and never more than that again."""
-        if count <= self.least:
-            raise MemoryBudgetError(
-                "one piece of the smallest size does not fit in memory", got=why, hint="fewer parameters at once, or a larger machine"
-            )
-        self.next = self.most = max(self.least, count // 2)

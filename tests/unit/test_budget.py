@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import partials as pt
-from partials import _budget
+from partials import _budget, _measured
 from partials.testing import CASES, modules
 from tests.oracle import reference
 
@@ -53,14 +53,14 @@ def small_pieces(monkeypatch):
 
     def cut(rows):
         monkeypatch.setattr(_budget, "HELD", 10**9)
-        monkeypatch.setattr(_budget.Measured, "_place", _places(rows))
+        monkeypatch.setattr(_measured.Measured, "_place", _places(rows))
 
     return cut
 
 
 def _places(rows):
     """Pieces of `rows` rows: whole samples where a sample has no more, else ranges of outputs."""
-    whole = _budget.Measured._place
+    whole = _measured.Measured._place
 
     def place(self, at, count):
         return whole(self, at, max(1, rows) if self.cuts_outputs and count < 10**9 else count)
