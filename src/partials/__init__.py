@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ._jacobian import Jacobian, concat
     from ._plan import Plan
     from ._stream import stream
+    from ._tape import tape
     from .checks.report import Report
     from .rules import rule
     from .store import open_store as open
@@ -62,6 +63,7 @@ _HOMES = {
     "partial": ".taylor",
     "rule": ".rules",
     "stream": "._stream",
+    "tape": "._tape",
 }
 """Where each public name lives: modules are loaded on first use, so that the command line's --help needs no torch."""
 
@@ -100,6 +102,7 @@ __all__ = [
     "partial",
     "rule",
     "stream",
+    "tape",
 ]
 
 

@@ -15,8 +15,8 @@ import torch
 from ._blocks import size_of
 from ._compat import meter
 from ._errors import MemoryBudgetError
-from ._machine import share, trim
-from ._measured import Measured, out_of_memory, too_small
+from ._machine import out_of_memory, share, trim
+from ._measured import Measured, too_small
 from ._output import check_output, detached
 from ._part import outputs_of, part, span
 from ._pieces import Pieces
@@ -61,7 +61,7 @@ def _whole(problem: Problem, method: str, policy: str) -> Any:
     computed, made = compute(problem, method)
     made.check = policy
     found = wrap(problem, computed, made, Origin(check=lambda J, level: inspect(problem, made.method, level, J)))
-    verify(problem, found, policy)
+    verify(problem, found, policy, doubtful=computed.doubtful)
     return found
 
 

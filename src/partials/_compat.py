@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,11 @@ try:
 except ImportError:  # pragma: no cover - a torch that moved its internals
     _private = None  # type: ignore[assignment]
 
+
+try:
+    from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
+except ImportError:  # pragma: no cover - a torch that moved its internals
+    _pop_mode = None  # type: ignore[assignment]
 
 PRIVATE = _private is not None and not os.environ.get("PARTIALS_PUBLIC_ONLY")
 """Whether the private calls are there and not switched off (PARTIALS_PUBLIC_ONLY=1 switches them off)."""
@@ -128,6 +134,16 @@ def body_of(function: Any) -> Any:
     return _REBOUND[function]
 
 
+def has_hooks(t: Tensor) -> bool:
+    """Whether the user registered hooks on the tensor's gradient (`register_hook`)."""
+    return bool(getattr(t, "_backward_hooks", None))
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile` wraps the module."""
+    return "_orig_mod" in module._modules
+
+
 def own_memory(z: Tensor) -> tuple[Tensor, Tensor]:
     """`z` and the tensor beneath its vmap levels, no longer a view: later in-place operations on z leave its gradient edge right."""
     if transform_of(z) != "vmap":
@@ -194,3 +210,24 @@ class WrittenBytes(TorchFunctionMode):
 def meter() -> LiveBytes | WrittenBytes:
     """A context that measures the bytes which the torch operations inside hold at once."""
     return LiveBytes() if PRIVATE and TorchDispatchMode is not object else WrittenBytes()
+
+
+def watched() -> bool:
+    """Whether a torch function mode is active around us."""
+    return torch.overrides.has_torch_function((_NOTHING,))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Torch function modes around us see nothing; modes that are entered inside do."""
+    if _pop_mode is None or os.environ.get("PARTIALS_PUBLIC_ONLY"):  # they see work of ours as well: more to look at, nothing wrong
+        yield
+        return
+    around: list[Any] = []
+    try:
+        while _len_torch_function_stack():
+            around.append(_pop_mode())
+        yield
+    finally:
+        for mode in reversed(around):
+            _push_mode(mode)

@@ -15,6 +15,7 @@ from ._input_jacobian import InputJacobian
 from ._pieces import added, joined
 from ._plan import human_bytes
 from ._rows import AbstractJacobian, Origin, Transposed
+from ._sketch import sketch
 from ._solve import least_squares
 from ._stack import Stack
 from ._typing import ByName, Shape, Tensor
@@ -204,6 +205,42 @@ class Jacobian(AbstractJacobian):
             clipped = self.columns.join(parts, 0).squeeze(-1)
         return clipped, {name: norm.squeeze(1) for name, norm in norms.items()}
 
+    @joined()
+    def sketch(self, k: int, kind: str = "gaussian", seed: int = 0) -> Tensor:
+        """J S, every row projected to k numbers: (N, *out, k), float32 or wider. Inner products are kept on average, E<Sx, Sy> = <x, y>.
+
+        S (P, k) is fixed by `seed`, parameter name and entry: the same for every batch, chunk, process and device, so that sketches made
+        apart can be compared, and J.sketch is linear in J. It is never held as a whole. The variance of <Sx, Sy>, for S = S(k):
+
+        "gaussian"
+            (|x|^2 |y|^2 + <x,y>^2) / k. Costs N C P k multiplications (N C T E k for an embedding's rows).
+        "rademacher"
+            (|x|^2 |y|^2 + <x,y>^2 - 2 sum_p x_p^2 y_p^2) / k: random signs, at the same cost, made faster.
+        "sparse"
+            the same as that of signs. Every entry is added to one column in each of h = gcd(k, 4) segments: rows are formed a few at a time,
+            and the cost is N C P h whatever k is. (Kane and Nelson 2014, "Sparser Johnson-Lindenstrauss transforms", block construction.)
+        "kronecker"
+            for each matrix parameter, (d, e) by its first dimension and the rest, A^T X B with random signs A (d, k1), B (e, k2), k1 k2 = k
+            as nearly square as k allows: inputs and cotangents are projected before they meet, and no row is formed. It is no single
+            projection of P, and has more variance: for the matrices X, Y of x, y at most (|X'Y|^2 + tr X'YX'Y) / k2
+            + (|XY'|^2 + tr XY'XY') / k1 + (|XY'|^2 + |X'Y|^2 + |X|^2 |Y|^2 + <X,Y>^2) / k, never above (2/k1 + 2/k2 + 4/k) |x|^2 |y|^2,
+            which rows of rank one come near. Vectors as "sparse"; pairs of different parameters p, q add
+            (|x_p|^2 |y_q|^2 + <x_p,y_p> <x_q,y_q>) / k. (Choe et al. 2024, "What is your data worth to GPT?", section 3, with signs.)
+
+        Raises
+        ------
+        InputError
+            for an unknown kind, or k and seed that are no integers.
+
+        >>> import torch, partials as pt
+        >>> J = pt.jacobian(torch.nn.Linear(30, 2), torch.randn(5, 30))
+        >>> J.sketch(16).shape, J.sketch(16, "kronecker", seed=1).shape
+        (torch.Size([5, 2, 16]), torch.Size([5, 2, 16]))
+        """
+        dtype = torch.promote_types(self._dtype_of_rows(), torch.float32)
+        with self._reading():
+            return self._fold(sketch(self.blocks, k, kind, seed, self.values.new_empty(0, dtype=dtype)))
+
     def solve(self, r: Tensor, damping: float) -> Tensor:
         """argmin_d |J d - r|^2 + damping |d|^2 for r (N, *out): (P,), by whichever of J^T J and J J^T is smaller."""
         self._expect("r", r.shape, self._lead)
@@ -220,7 +257,7 @@ class Jacobian(AbstractJacobian):
             raise InputError("some parameters have no .grad to add to", got=listed(not_leaves), expected="leaf tensors that require grad")
         total = self.unflatten(self.sum(weights).reshape(-1))
         for name, parameter in self.leaves.items():
-            part = total[name].to(parameter.dtype)
+            part = (torch.view_as_complex(total[name]) if parameter.is_complex() else total[name]).to(parameter.dtype)
             parameter.grad = part if parameter.grad is None else parameter.grad + part
 
     def _ones(self) -> Tensor:

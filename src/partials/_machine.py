@@ -60,6 +60,13 @@ def share(device: torch.device) -> int:
     return free(device) // 2
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch's own error on CUDA, its text on a CPU, or Python's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+
+
 def trim() -> None:
     """Give back to the system what the C library keeps of memory that was freed; without one that can, nothing."""
     if (release := _release()) is not None:

@@ -7,12 +7,10 @@ from contextlib import AbstractContextManager
 from math import isqrt
 from typing import Any
 
-import torch
-
 from . import _room
 from ._compat import meter
 from ._errors import MemoryBudgetError
-from ._machine import trim
+from ._machine import out_of_memory, trim
 from ._pieces import Pieces
 from ._plan import TooLarge, human_bytes
 from ._sinks import Place, Sink
@@ -129,13 +127,6 @@ def prime(count: int) -> int:
     """The largest prime up to `count` (or 1), a number of samples that seldom divides other sizes: where the samples lie in a tensor
     is then seen from its shape, and need not be measured again in a large piece. (What is left at the end goes in thirds for that.)"""
     return next((p for p in range(count, 1, -1) if all(p % d for d in range(2, isqrt(p) + 1))), 1)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch's own error on CUDA, its text on a CPU, or Python's."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
 
 
 def too_small(budget: int, needed: float, what: str) -> MemoryBudgetError:

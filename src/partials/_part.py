@@ -52,7 +52,7 @@ def with_leaves(problem: Problem, tensors: list[Tensor]) -> Problem:
         kwargs=kwargs,
         loss_target=wanted,
         leaves=tuple(replace(leaf, tensor=by_name[leaf.name]) for leaf in problem.leaves),
-        targets=tuple(t if t.leaf is None else Target(t.name, by_name[t.leaf], t.kind, t.leaf) for t in problem.targets),
+        targets=tuple(t if t.leaf is None else Target.of(t.name, by_name[t.leaf], t.kind, t.leaf) for t in problem.targets),
     )
 
 

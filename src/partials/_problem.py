@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ._compat import has_hooks
 from ._errors import InputError, listed
 from ._output import Picker, check_output
 from ._signature import Leaf, argument_names, batch_size, checked_dim, explicit_dims, lookup, rebuild, usable
-from ._state import RandomState, random_state, twice_differentiable, untouched
+from ._state import RandomState, random_state, twice_differentiable, uncompiled, untouched
 from ._substitute import call_with
-from ._targets import Target, arguments_of, choose, name_of, shared_by_convention
+from ._targets import Target, arguments_of, choose, demand_values, name_of, shared_by_convention
 from ._typing import Function, Tensor
 
 RANDOMNESS = ("error", "model", "same", "different")
@@ -77,13 +78,17 @@ class Problem:
 
         With `fresh`, always a detached alias that shares memory and carries no hooks, no `.grad` and no history.
         """
-        times = Counter(id(t.tensor) for t in self.targets)
+        times = Counter(id(t.own) for t in self.targets)
         found: dict[str, Tensor] = {}
         for t in self.targets:
-            if fresh or not t.tensor.requires_grad:
+            if fresh or not t.tensor.requires_grad or t.own.is_inference():
                 found[t.name] = usable(t.tensor).detach().requires_grad_(requires_grad)
-            else:  # one tensor passed as two arguments is two parameters: a view for each, so that their parts stay apart
-                found[t.name] = t.tensor if times[id(t.tensor)] == 1 else t.tensor.view_as(t.tensor)
+            elif times[id(t.own)] > 1 or has_hooks(t.own):
+                # one tensor passed as two arguments is two parameters: a view for each, so that their parts stay apart;
+                # and hooks of a parameter change gradients, they are no part of f: before a view they are not run
+                found[t.name] = t.tensor.view_as(t.tensor)
+            else:
+                found[t.name] = t.tensor
         return found
 
     def sample(self, n: int, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -122,17 +127,18 @@ class Problem:
         if tensors is not None:
             slots = {leaf.name: i for i, leaf in enumerate(self.leaves)}
             for target in self.targets:
-                given = tensors[target.name]
+                given = target.as_used(tensors[target.name])
                 if target.leaf is not None:
                     values[slots[target.leaf]] = given
                     continue
-                values = [given if leaf.tensor is target.tensor else value for leaf, value in zip(self.leaves, values, strict=True)]
-                if given is not target.tensor:
-                    outside.append((target.tensor, given))
+                values = [given if leaf.tensor is target.own else value for leaf, value in zip(self.leaves, values, strict=True)]
+                outside.append((target.own, given))
         if tensors is None and leaves is None:
             args, kwargs, wanted = self.args, self.kwargs, self.loss_target
         else:
             args, kwargs, wanted = rebuild((self.args, self.kwargs, self.loss_target), iter(values))
+        if all(own is given for own, given in outside):
+            outside = []
         returned = call_with(self.function, outside, args, kwargs, attached=self.create_graph)
         loss: Callable[[Any, Any], Any] | None = self.options.get("loss")
         return (returned if loss is None else loss(self.picker.select(returned), wanted)), returned
@@ -144,7 +150,13 @@ class Problem:
     @contextmanager
     def running(self, doing: str) -> Iterator[None]:
         """Gradients on, inference mode off, the module's buffers as they were afterwards; f's own errors get a note."""
-        with torch.inference_mode(False), torch.enable_grad(), untouched(self.module), twice_differentiable(self.create_graph):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            uncompiled(),
+            untouched(self.module),
+            twice_differentiable(self.create_graph),
+        ):
             try:
                 yield
             except Exception as error:
@@ -184,14 +196,16 @@ def normalise(
         args, kwargs = rebuild((args, kwargs), iter([tensor for _, tensor in arguments]))
     explicit = explicit_dims(in_dims, names, args, kwargs) if batched else {}
     differentiable = [(name, tensor) for name, tensor in arguments if not (has_target and _under(name, "target"))]
+    for name, tensor in arguments:
+        demand_values(f"input {name!r}", tensor)
     targets, aliases = choose(f, differentiable, params, wrt, explicit if batched else {name: None for name, _ in arguments})
     if not batched:
-        targets = [Target(t.name, t.tensor, _kind_unbatched(t, params, f), t.leaf) for t in targets]
+        targets = [replace(t, kind=_kind_unbatched(t, params, f)) for t in targets]
     shared = {t.leaf for t in targets if t.kind == "parameter"} | shared_by_convention(arguments, targets)
-    shared |= {name for name, tensor in arguments if any(tensor is t.tensor for t in targets if t.leaf is None)}
+    shared |= {name for name, tensor in arguments if any(tensor is t.own for t in targets if t.leaf is None)}
     leaves = tuple(Leaf(n, n.partition(".")[0], t, _dim(n, t, explicit, shared) if batched else None) for n, t in arguments)
     return Problem(
-        function=f,
+        function=_unwrapped(f),
         name=name_of(f),
         args=args[:-1] if has_target else args,
         kwargs=dict(kwargs),
@@ -209,6 +223,11 @@ def normalise(
         options={} if loss is None else {"loss": loss},
         random_state=random_state(targets[0].tensor.device) if randomness == "model" else None,
     )
+
+
+def _unwrapped(f: Function) -> Function:
+    """The module within a data-parallel wrapper, whose scattering and reducing are no part of the function."""
+    return f.module if isinstance(f, nn.DataParallel | nn.parallel.DistributedDataParallel) else f
 
 
 def _dim(name: str, tensor: Tensor, explicit: dict[str, int | None] | int | None, shared: set[str | None]) -> int | None:

@@ -18,6 +18,7 @@ from ._problem import Problem
 from ._run import compute
 from ._signature import walk
 from ._substitute import call_with, structural_copy
+from ._targets import Target
 from ._typing import Tensor
 from .methods import METHODS
 from .methods._base import entries
@@ -63,8 +64,8 @@ def reference(problem: Problem, facts: Facts) -> Reference | None:
     """
     if facts.random and problem.randomness == "different":
         return None
-    oracle = "loop" if METHODS["loop"].verdict(problem, facts).accepted else "grad"
-    own, name = str(problem.dtype).removeprefix("torch."), "the loop" if oracle == "loop" else "method 'grad'"
+    oracle = oracle_for(problem, facts)
+    own, name = str(problem.dtype).removeprefix("torch."), "the loop" if oracle == "loop" else f"method {oracle!r}"
     if facts.random:
         return _own(problem, facts, oracle, f"{name} in {own} from the same random state")
     if problem.dtype is torch.float64:
@@ -79,6 +80,11 @@ def reference(problem: Problem, facts: Facts) -> Reference | None:
     except Exception as error:  # whatever the user's code has against float64, its own dtype is left
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return _own(problem, facts, oracle, f"{name} in {own}, since {problem.name} does not run in float64 ({reason}),")
+
+
+def oracle_for(problem: Problem, facts: Facts) -> str:
+    """The plainest method that can run: batches of one, else reverse passes of the whole batch."""
+    return next((name for name in ("loop", "grad") if METHODS[name].verdict(problem, facts).accepted), "backward")
 
 
 def _own(problem: Problem, facts: Facts, oracle: str, words: str) -> Reference | None:
@@ -125,15 +131,16 @@ def doubled(problem: Problem) -> Problem:
     casts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def cast(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.dtype is torch.float64:
+        wide = torch.complex128 if tensor.is_complex() else torch.float64 if tensor.is_floating_point() else tensor.dtype
+        if tensor.dtype is wide:
             return tensor
         if id(tensor) not in casts:
-            casts[id(tensor)] = (tensor, tensor.detach().double().requires_grad_(tensor.requires_grad))
+            casts[id(tensor)] = (tensor, tensor.detach().to(wide).requires_grad_(tensor.requires_grad))
         return casts[id(tensor)][1]
 
-    targets = tuple(replace(t, tensor=cast(t.tensor)) for t in problem.targets)
+    targets = tuple(Target.of(t.name, cast(t.own), t.kind, t.leaf) for t in problem.targets)
     leaves = [cast(leaf.tensor) for leaf in problem.leaves]
-    outside = [t.tensor for t in problem.targets if t.leaf is None]
+    outside = [t.own for t in problem.targets if t.leaf is None]
     owned = (
         [tensor for owner in problem.module.modules() for _, tensor in walk(_plain(vars(owner)), "")] if problem.module is not None else []
     )

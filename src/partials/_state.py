@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,6 +69,28 @@ def drawn_from(state: RandomState | None, device: torch.device) -> Iterator[None
             for other in state[1:]:
                 torch.cuda.set_rng_state(other, device)
         yield
+
+
+_EAGER_LOCK = threading.Lock()
+_EAGER: list[Any] = []
+"""One entry for each call that wants compiled code run as it was written; the first holds torch's switch, which is for all threads."""
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, what `torch.compile` made runs the Python that it was made from: compiled code shows no operations to a mode."""
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
+        yield
+        return
+    with _EAGER_LOCK:
+        _EAGER.append(None if _EAGER else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _EAGER_LOCK:
+            stance = _EAGER.pop(-1 if len(_EAGER) > 1 else 0)
+            if stance is not None:
+                stance.__exit__(None, None, None)
 
 
 def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:

@@ -15,11 +15,15 @@ from .._pullback import carried
 from .._typing import Tensor
 from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, Part, SumPart
 from .layout import Layout
-from .recorder import Refused, Use
+from .recorder import Refused, Use, with_data
 
 
 def blocks_of(use: Use, g: Tensor, layout: Layout, n: int, wanted: Mapping[str, Tensor], *, attached: bool) -> dict[str, Block]:
     """The use's block for each wanted parameter that its argument leads to; g is (C, *edge shape)."""
+    if g.dtype is not use.part.parameter.dtype:  # (autocast: the operation rounded its input, and the row has the parameter's dtype)
+        rounded = g.dtype
+        part = with_data(use.part, lambda t: t.to(rounded) if t.is_floating_point() else t)
+        use, g = replace(use, part=part), g.to(use.part.parameter.dtype)
     block = BUILDERS[type(use.part)](use, g, layout, n)
     derived = use.part.parameter
     names = [name for name, t in wanted.items() if t is derived] or sorted(reached(derived, wanted))

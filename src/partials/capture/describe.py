@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from .._plan import Use as Line
@@ -13,11 +13,11 @@ from .recorder import Trace, Use
 
 
 def described(
-    trace: Trace, wanted: Mapping[str, Tensor], size: int, layouts: list[Layout] | None = None, runner: str = "native"
+    trace: Trace, wanted: Mapping[str, Tensor], size: int, layouts: Sequence[Layout | None] | None = None, runner: str = "native"
 ) -> tuple[Line, ...]:
     """A line for each use of `size` samples; layouts are known only after the reverse passes."""
     names = {id(t): name for name, t in wanted.items()}
-    places = ["when run"] * len(trace.uses) if layouts is None else [str(place) for place in layouts]
+    places = ["when run"] * len(trace.uses) if layouts is None else ["leads nowhere" if place is None else str(place) for place in layouts]
     return tuple(
         Line(
             parameter=names.get(id(use.part.parameter), "(computed)"),

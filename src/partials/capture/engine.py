@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +15,21 @@ from .._output import check_output
 from .._problem import Problem
 from .._typing import Tensor
 from ..methods._base import Computed
+from ..methods._complete import stood_in_for
 from . import layout as layouts
 from .build import blocks_of, features
 from .describe import described
 from .known import LAYOUTS, key_of
 from .layout import Layout, spilt
-from .recorder import Recorder, Refused, Trace, Use
+from .recorder import Recorder, Refused, Trace, Unplaced, Use
 from .reverse import cotangents, weighted
-from .walk import missed
+from .tape import TapeRecorder
+from .walk import demand_complete
 
 Run = tuple[Tensor, Any, Trace, dict[str, Tensor]]
 
 
-def native(problem: Problem) -> Run:
+def native(problem: Problem, kind: type[Recorder] = Recorder) -> Run:
     """f on the user's own batch: native kernels, the model's own masks, in-place writes and data-dependent branches."""
     tensors, leaves = problem.tensors(), problem.given
     shared = {t.leaf for t in problem.parameters}
@@ -36,12 +38,20 @@ def native(problem: Problem) -> Run:
         t.leaf: tensors[t.name] for t in problem.inputs
     }
     samples = [by_name[leaf.name] for leaf in of_samples]
-    recorder = Recorder(parameters(problem, tensors), samples, problem.size, attached=problem.create_graph)
+    recorder = kind(parameters(problem, tensors), samples, problem.size, attached=problem.create_graph)
     with recorder:
         returned, whole = problem.raw(tensors, leaves)
+    recorder.open = False
     out = problem.picker(returned)
     values = check_output(out if problem.batched else out.unsqueeze(0), problem.size, problem.name, batched=problem.batched)
     return values, whole, recorder.trace, tensors
+
+
+def taped(problem: Problem) -> Run:
+    """The same, through reverse passes of f's own (torch.autograd.grad with create_graph=True)."""
+    if problem.create_graph:
+        raise Refused("create_graph=True through f's own reverse passes")
+    return native(problem, TapeRecorder)
 
 
 def vmapped(problem: Problem) -> Run:
@@ -84,13 +94,7 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     """Completeness, layouts, reverse passes, blocks."""
     values, whole, trace, tensors = run
     wanted = parameters(problem, tensors)
-    if lost := missed(values, wanted, trace):
-        why = (
-            "f differentiates inside (torch.autograd.grad), where parameters are used again in the backward graph"
-            if trace.nested
-            else "a use that torch functions do not show"
-        )
-        raise Refused(f"{listed(sorted(lost))} is reached outside the recorded uses: {why}")
+    demand_complete(values, wanted, trace, stood_in_for(problem, tensors))
     for use in trace.uses:
         if any(t._version != version for t, version in use.saved):
             raise Refused(f"an input of {use.operation} was changed in place after the operation read it")
@@ -99,11 +103,13 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     where = {edge: i for i, edge in enumerate(edges)}
     size = problem.size
     measured = _layouts(problem, values, trace, edges, where)
-    found = cotangents(values, [*edges, *inputs], create_graph=problem.create_graph)
+    found = cotangents(values, [*edges, *inputs], create_graph=problem.create_graph, one_by_one=trace.one_by_one)
     groups: dict[str, list[Block]] = {name: [] for name in wanted}
+    if any(placed is None and found[where[use.edge]] is not None for use, placed in zip(trace.uses, measured, strict=True)):
+        measured = _layouts(problem, values, trace, edges, where, anew=True)  # a use that led nowhere when layouts were remembered
     for use, placed in zip(trace.uses, measured, strict=True):
         g = found[where[use.edge]]
-        if g is None:
+        if g is None or placed is None:
             continue
         if placed.owned is not None and spilt(_canonical(use, g), placed):
             raise Refused(f"{use.operation}: positions of its output belong to no sample")
@@ -119,9 +125,9 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     if not values.requires_grad:
         notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
     sources = tuple((f"an input of {use.operation}", t, t._version) for use in trace.uses for t, _ in use.saved)
-    return Computed(
-        values if problem.create_graph else values.detach(), blocks, notes, whole, sources, described(trace, wanted, size, measured, runner)
-    )
+    lines = described(trace, wanted, size, measured, runner)
+    doubtful = any(placed is not None and placed.owned is not None for placed in measured)
+    return Computed(values if problem.create_graph else values.detach(), blocks, notes, whole, sources, lines, doubtful)
 
 
 def merged(groups: Mapping[str, list[Block]]) -> dict[str, list[Block]]:
@@ -136,8 +142,13 @@ def merged(groups: Mapping[str, list[Block]]) -> dict[str, list[Block]]:
     return done
 
 
-def _layouts(problem: Problem, values: Tensor, trace: Trace, edges: list[Any], where: dict[Any, int]) -> list[Layout]:
-    """A layout for every use: known in a vmapped run, remembered from an earlier call, or measured by two reverse passes."""
+def _layouts(
+    problem: Problem, values: Tensor, trace: Trace, edges: list[Any], where: dict[Any, int], *, anew: bool = False
+) -> list[Layout | None]:
+    """A layout for every use: known in a vmapped run, remembered from an earlier call, or measured by two reverse passes.
+
+    None stands for a use that the values do not depend on.
+    """
     n, uses = problem.size, trace.uses
     if n == 0:
         return [Layout(0)] * len(uses)
@@ -150,17 +161,19 @@ def _layouts(problem: Problem, values: Tensor, trace: Trace, edges: list[Any], w
         else key_of(problem, [(use.operation, len(use.shape), tuple(s % n == 0 for s in use.shape)) for use in open_uses])
     )
     remembered = LAYOUTS.get(key)
-    if remembered is not None:
-        known = [layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]
-        if all(known):
-            return _spread(uses, [k for k in known if k is not None])
-    found, proved = _measure(problem, values, open_uses, edges, where)
+    if remembered is not None and not anew:
+        known = [None if p is None else layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]
+        if all(k is not None or p is None for k, p in zip(known, remembered, strict=True)):
+            return _spread(uses, known)
+    found, proved = _measure(problem, values, open_uses, edges, where, layouts.tolerance(trace.dtypes))
     if proved and key is not None:
-        LAYOUTS.put(key, tuple(layouts.pattern(layout) for layout in found))
+        LAYOUTS.put(key, tuple(None if layout is None else layouts.pattern(layout) for layout in found))
     return _spread(uses, found)
 
 
-def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], where: dict[Any, int]) -> tuple[list[Layout], bool]:
+def _measure(
+    problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], where: dict[Any, int], within: float
+) -> tuple[list[Layout | None], bool]:
     n = problem.size
     if n == 1:
         return [layouts.candidates(use.shape, 1)[0] for use in uses], False
@@ -171,17 +184,17 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
     weights = 1 + torch.arange(n, dtype=torch.float64, device=values.device) / n
     first = weighted(values, edges, seeds)
     second = weighted(values, edges, seeds * weights.to(values.dtype).reshape(-1, *(1,) * (values.ndim - 1)))
-    found, proved = [], True
+    found: list[Layout | None] = []
+    proved = True
     for use in uses:
         one, two = first[where[use.edge]], second[where[use.edge]]
         if one is None or two is None:
-            found.append(Layout(0))
-            proved = False
+            found.append(None)
             continue
         one, two = (_canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two))
-        layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)))
+        layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)), within)
         if layout is None:
-            raise Refused(
+            raise Unplaced(
                 f"{use.operation}: no dimension of its output of shape {use.shape}, but for the parameter's own, holds {n} samples apart"
             )
         found.append(layout)
@@ -189,7 +202,7 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
     return found, proved
 
 
-def _spread(uses: list[Use], found: list[Layout]) -> list[Layout]:
+def _spread(uses: list[Use], found: Sequence[Layout | None]) -> list[Layout | None]:
     rest = iter(found)
     return [next(rest) if use.layout is None else use.layout for use in uses]
 

@@ -10,7 +10,7 @@ different lengths (packed sequences).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from math import log
 from typing import Any
@@ -70,35 +70,40 @@ def candidates(shape: tuple[int, ...], n: int) -> list[Layout]:
     return whole + folds + both
 
 
-def fits(layout: Layout, first: Tensor, second: Tensor, weights: Tensor) -> bool:
+def tolerance(dtypes: Iterable[torch.dtype]) -> float:
+    """Of a run through tensors of these types: a float64 model may normalise in float32."""
+    return max((TOLERANCE.get(dtype, 3e-2) for dtype in dtypes if dtype.is_floating_point or dtype.is_complex), default=0.0)
+
+
+def fits(layout: Layout, first: Tensor, second: Tensor, weights: Tensor, within: float) -> bool:
     """Whether `second` is w_n times `first` wherever the layout says sample n."""
     n = len(weights)
     one, two = (layout.samples_first(t, n).reshape(n, -1).to(weights.dtype) for t in (first, second))
     scale = two.abs().max()
-    return bool((two - weights[:, None] * one).abs().max() <= TOLERANCE.get(first.dtype, 3e-2) * scale)
+    return bool((two - weights[:, None] * one).abs().max() <= within * scale)
 
 
-def find(first: Tensor, second: Tensor, weights: Tensor, features: Collection[int] = ()) -> tuple[Layout | None, bool]:
+def find(first: Tensor, second: Tensor, weights: Tensor, features: Collection[int] = (), within: float = 0.0) -> tuple[Layout | None, bool]:
     """The layout of one edge's cotangents, and whether it is proved: zeros fit every layout, and what fits two proves neither.
 
-    `features`: dimensions that hold features of the operation, so no samples.
+    `features`: dimensions that hold features of the operation, so no samples. `within`: see `tolerance`.
     """
-    n = len(weights)
+    n, within = len(weights), max(within, tolerance([first.dtype]))
     possible = [layout for layout in candidates(tuple(first.shape), n) if layout.dim not in features]
     if not bool((first != 0).any()):
         return (possible[0] if possible else None), False
-    fitting = [layout for layout in possible if fits(layout, first, second, weights)]
+    fitting = [layout for layout in possible if fits(layout, first, second, weights, within)]
     if fitting:
         return fitting[0], len(fitting) == 1 and n > 1
-    return owners(first, second, weights, features), False
+    return owners(first, second, weights, features, within), False
 
 
-def owners(first: Tensor, second: Tensor, weights: Tensor, features: Collection[int] = ()) -> Layout | None:
+def owners(first: Tensor, second: Tensor, weights: Tensor, features: Collection[int], within: float) -> Layout | None:
     """The layout that gives each position along one dimension to the sample that its own ratio names; None where a ratio names none."""
     n, one, two = len(weights), first.to(weights.dtype), second.to(weights.dtype)
-    tolerance = min(TOLERANCE.get(first.dtype, 3e-2), 0.1 / n)
+    within = min(within, 0.1 / n)
     for dim, size in enumerate(first.shape):
-        if size < n or dim in features:
+        if dim in features:
             continue
         a, b = (t.movedim(dim, 0).reshape(size, -1) for t in (one, two))
         length = a.square().sum(1)
@@ -107,8 +112,8 @@ def owners(first: Tensor, second: Tensor, weights: Tensor, features: Collection[
         if not bool(((sample >= 0) & (sample < n))[here].all()):
             continue
         misfit = (b - weights[sample.clamp(0, n - 1)][:, None] * a).square().sum(1)
-        by_chance = int(here.sum()) * log(2 * n) + int((a != 0).sum()) * log(tolerance)  # (its logarithm, were the ratios random)
-        if bool((misfit > tolerance**2 * length).any()) or by_chance > log(CHANCE):
+        by_chance = int(here.sum()) * log(2 * n) + int((a != 0).sum()) * log(within)  # (its logarithm, were the ratios random)
+        if bool((misfit > within**2 * length).any()) or by_chance > log(CHANCE):
             continue
         positions = [(here & (sample == i)).nonzero().flatten() for i in range(n)]
         return Layout(dim, owned=torch.nn.utils.rnn.pad_sequence(positions, batch_first=True, padding_value=-1))

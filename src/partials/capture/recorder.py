@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from .. import _compat
 from .._graph import reached
+from .._probe import UNBATCHED
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
-from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, Declined, ExpandedPart, NoRule, Part, Run
+from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, REPEATED, RULES, Declined, ExpandedPart, NoRule, Part, Run, embedding
 from .layout import Layout
 
 EXPANDS = {
@@ -80,16 +81,31 @@ class Trace:
     """f called torch.autograd.grad itself."""
     routed: bool = False
     """Where samples go depends on data: layouts hold for this call only."""
+    one_by_one: bool = False
+    """A derivative that torch computes wrongly for several outputs at once is in the graph."""
     refused: str = ""
     expanded: list[str] = field(default_factory=list)
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    """Of the tensors that depend on the samples: the coarsest sets how well two reverse passes can agree."""
 
 
 class Refused(Exception):
-    """This run cannot be captured; the text says why."""
+    """This run cannot be captured; the text says why. `nested`: since f differentiates inside."""
+
+    def __init__(self, why: str, *, nested: bool = False) -> None:
+        super().__init__(why)
+        self.nested = nested
+
+
+class Unplaced(Refused):
+    """The cotangents of a use belong to no one sample, in no layout that its sizes allow."""
 
 
 class Recorder(TorchFunctionMode):
     """Records into `trace`. With `expand_unknown`, operations without a rule get their parameter expanded over the samples."""
+
+    open = True
+    """Whether uses are recorded: the run is not over."""
 
     def __init__(
         self, wanted: Mapping[str, Tensor], samples: Iterable[Tensor], size: int, *, expand_unknown: bool = False, attached: bool = False
@@ -114,6 +130,10 @@ class Recorder(TorchFunctionMode):
             elif func in EXPANDS and not self.expand_unknown and self._gains_samples(out := func(*args, **kwargs), args[0]):
                 out = self._record_expanded(func, args[0], out)
                 depends = True
+            elif func in REPEATED and not self.expand_unknown and (once := REPEATED[func](*args, **kwargs)):
+                out = func(once[0], *args[1:], **kwargs)
+                with self:
+                    return out.expand(once[1])
             elif func not in EXPANDS or self.expand_unknown:
                 out = func(*args, **kwargs)
         else:
@@ -122,6 +142,10 @@ class Recorder(TorchFunctionMode):
                 self.trace.nested = True
         if depends:
             self._mark(out, func, args)
+            if func in UNBATCHED:
+                self.trace.one_by_one = True
+                if self.expand_unknown:
+                    raise Refused(f"torch's derivative of {label(func)} under vmap is wrong")
             if func in ROUTES or (func in _PICKS and _by_data(args[1])):
                 self.trace.routed = True
         return out
@@ -148,6 +172,7 @@ class Recorder(TorchFunctionMode):
 
     def _mark(self, out: Any, func: Any, args: Any) -> None:
         if isinstance(out, Tensor):
+            self.trace.dtypes.add(out.dtype)
             setattr(out, _MARK, self.token)
         elif isinstance(out, tuple | list):
             for _, t in walk(out, ""):
@@ -160,15 +185,18 @@ class Recorder(TorchFunctionMode):
                     setattr(written, _MARK, self.token)
 
     def _use(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor], tensors: list[Tensor]) -> Any:
+        embedding.refuse(func, args, kwargs)
         transforms = {_compat.transform_of(t) for t in tensors}
         if "other" in transforms or ("vmap" in transforms and not _compat.PRIVATE):
             raise Refused(f"{label(func)} runs inside a torch.func transform within f")
+        if any(t.is_complex() for t in (tensors if func in RULES else parameters)):
+            raise Refused(f"{label(func)} is complex arithmetic, for which there are no factors")
         expandable = self.expand_unknown or "vmap" in transforms  # (along our own vmap, or what the user's own maps over)
         if func in RULES:
             try:
                 return self._by_rule(func, args, kwargs, parameters)
             except NoRule as declined:
-                if not expandable:
+                if not (expandable and declined.expandable):
                     raise Refused(f"{label(func)}: {declined}") from None
                 return self._by_expansion(func, args, kwargs, parameters)
         if func in ELEMENTWISE and not expandable:
@@ -179,7 +207,7 @@ class Recorder(TorchFunctionMode):
                 with self:
                     return COMPOSITES[func](Run(self.depends, self.attached or "vmap" in transforms), *args, **kwargs)
             except NoRule as declined:
-                if not expandable:
+                if not (expandable and declined.expandable):
                     raise Refused(f"{label(func)}: {declined}") from None
                 return self._by_expansion(func, args, kwargs, parameters)
         body = _compat.body_of(func) if isinstance(func, FunctionType) else None
@@ -205,12 +233,12 @@ class Recorder(TorchFunctionMode):
         if raw._is_view():
             out, raw = _compat.own_memory(out)
         if raw is out:
-            place = _Place(raw.shape)
+            place = Placement(raw.shape)
         else:
             levels, merges = raw.ndim - out.ndim, any(part.batched for part in parts)
             if merges and levels > 1:
                 raise NoRule("a batch within several vmaps")
-            place = _Place(torch.Size([raw.shape[d] for d in order]), order, levels, merges)
+            place = Placement(torch.Size([raw.shape[d] for d in order]), order, levels, merges)
             parts = [with_data(part, lambda t: self._physical(t, place)) for part in parts]
         edge = get_gradient_edge(raw)
         self.trace.stops[edge.node] = [t.grad_fn for t in self._data(args, kwargs, mine) if t.grad_fn is not None]
@@ -218,7 +246,7 @@ class Recorder(TorchFunctionMode):
             self._add(func, part, edge, place)
         return out
 
-    def _physical(self, t: Tensor, place: _Place) -> Tensor:
+    def _physical(self, t: Tensor, place: Placement) -> Tensor:
         """The tensor beneath vmap with the mapped dimensions of the operation's output in front."""
         raw, order = _compat.unwrapped(t)
         if raw is t:
@@ -235,7 +263,7 @@ class Recorder(TorchFunctionMode):
         one_level = all(raw.ndim - t.ndim == (raw is not t) for raw, t in zip(below, tensors, strict=True))
         if self.level is None or self.level != _compat.current_level() or not one_level:
             return func(*args, **kwargs)
-        place = _Place(torch.Size([self.size]), levels=1)
+        place = Placement(torch.Size([self.size]), levels=1)
         whole, named = rebuild((args, kwargs), iter([self._physical(t, place) for t in tensors]))
         try:
             return _compat.batched(PHYSICAL[func](*whole, **named), self.level)
@@ -274,12 +302,26 @@ class Recorder(TorchFunctionMode):
         new_args, new_kwargs = rebuild(
             (args, kwargs), iter([swapped[id(t)] if id(t) in mine else t for t in tensors_in((*args, *kwargs.values()))])
         )
-        return func(*new_args, **new_kwargs)
+        if wrap is None:
+            return func(*new_args, **new_kwargs)
+        try:
+            out = func(*new_args, **new_kwargs)
+        except Exception as error:  # it ran with the parameter itself: what fails is the expansion
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise Refused(f"{label(func)} cannot be run with its parameter expanded ({first})") from error
+        found = [_compat.unwrapped(t)[0] for t in tensors_in((out,)) if t.is_floating_point()]
+        seen = any(t.requires_grad for t in found)
+        if seen and isinstance(func, FunctionType):  # (Python code may ask whether its arguments require grad: under vmap none does)
+            nodes = {str(key): _compat.unwrapped(wide)[0] for key, wide in swapped.items()}
+            seen = any(reached(t, nodes) for t in found)
+        if found and not seen:
+            raise Refused(f"{label(func)} loses the derivative of its parameter when that is expanded")
+        return out
 
     def _record_expanded(self, func: Any, p: Tensor, wide: Tensor) -> Tensor:
         edge = get_gradient_edge(wide)
         self.trace.stops[edge.node] = []
-        self._add(func, ExpandedPart(p, wide), edge, _Place(wide.shape))
+        self._add(func, ExpandedPart(p, wide), edge, Placement(wide.shape))
         return wide
 
     def _gains_samples(self, out: Any, before: Tensor) -> bool:
@@ -289,7 +331,7 @@ class Recorder(TorchFunctionMode):
         old = (1,) * (out.ndim - before.ndim) + tuple(before.shape)
         return any(new != size and new % self.size == 0 for size, new in zip(old, out.shape, strict=True))
 
-    def _add(self, func: Any, part: Part, edge: GradientEdge, place: _Place) -> None:
+    def _add(self, func: Any, part: Part, edge: GradientEdge, place: Placement) -> None:
         if not self.attached:
             part = detached(part)
         saved = tuple((t, t._version) for t in read_by(part))
@@ -298,7 +340,7 @@ class Recorder(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class _Place:
+class Placement:
     """How an operation's output lies beneath vmap: its shape with the mapped dimensions in front, and how it gets there."""
 
     whole: torch.Size

@@ -13,7 +13,7 @@ SEEDS_AT_ONCE = 10
 """Output entries in one batched pass: more gain nothing and cost memory (100 at once took three times as long as a loop)."""
 
 
-def cotangents(values: Tensor, edges: Sequence[Any], *, create_graph: bool) -> list[Tensor | None]:
+def cotangents(values: Tensor, edges: Sequence[Any], *, create_graph: bool, one_by_one: bool = False) -> list[Tensor | None]:
     """d (sum over samples of output c) / d edge for each c: (C, *edge shape), None where nothing flows."""
     n = values.shape[0]
     outputs = values[0].numel() if n else 0
@@ -23,8 +23,8 @@ def cotangents(values: Tensor, edges: Sequence[Any], *, create_graph: bool) -> l
         found = torch.autograd.grad(values, edges, torch.ones_like(values), retain_graph=True, create_graph=create_graph, allow_unused=True)
         return [None if g is None else g.unsqueeze(0) for g in found]
     flat = values.reshape(n, outputs)
-    if create_graph:  # (vmap over a backward that is differentiated again is not right for every operation)
-        return _stacked([_pass(flat, edges, c, create_graph=True) for c in range(outputs)])
+    if create_graph or one_by_one:  # (vmap over a backward that is differentiated again is not right for every operation)
+        return _stacked([_pass(flat, edges, c, create_graph=create_graph) for c in range(outputs)])
     done: list[list[Tensor | None]] = []
     for start in range(0, outputs, SEEDS_AT_ONCE):
         count = min(SEEDS_AT_ONCE, outputs - start)

@@ -11,10 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from .._errors import MixingError, listed
-from .._problem import Problem
+from .._mixing import mixing
 from .._typing import Tensor
 from .call import Call
 from .places import BySample, Place
@@ -99,8 +97,10 @@ def _confirm(subject: Subject, call: Call, u: Tensor, view: _View) -> float:
             m = _source(call, u, view, n)
             raise mixing(
                 subject.problem,
+                m,
                 f"the output of sample {m} depends on {view.place} of sample {n}",
                 f"a derivative across samples of {error:.3g} of the sample's own",
+                by=n,
             )
         worst = max(worst, error)
     return worst
@@ -129,29 +129,3 @@ def descend(badness: Callable[[list[int]], float], among: list[int]) -> int:
         halves = among[: len(among) // 2], among[len(among) // 2 :]
         among = max(halves, key=badness)
     return among[0]
-
-
-def mixing(problem: Problem, what: str, got: str, expected: str = "zero: each output depends on its own sample") -> MixingError:
-    layers = _batch_statistics(problem)
-    way_out = "module.eval() for batch norm, or GroupNorm or LayerNorm" if layers else "a function that treats samples apart"
-    return MixingError(
-        f"{problem.name} mixes samples: {what}",
-        got=got + (f"; batch statistics in {listed(layers)}" if layers else ""),
-        expected=f"{expected}, else there is no Jacobian for each sample",
-        hint=f"{way_out}; batched=False to treat the whole batch as one sample",
-    )
-
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-def _batch_statistics(problem: Problem) -> list[str]:
-    """The batch norms that use the statistics of the batch, by name."""
-    module = problem.module
-    if module is None:
-        return []
-    return [
-        f"{name or 'the module'} ({type(layer).__name__})"
-        for name, layer in module.named_modules()
-        if isinstance(layer, NORMS) and (layer.training or layer.running_mean is None)
-    ]

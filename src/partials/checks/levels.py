@@ -54,6 +54,24 @@ def inspect(problem: Problem, method: str = "auto", level: str = "quick", jacobi
     return subject.report
 
 
+def samples_apart(problem: Problem, jacobian: Any) -> Report:
+    """Independence and values only.
+
+    Raises
+    ------
+    MixingError
+        where f mixes samples.
+    """
+    subject = Subject.of(problem, jacobian, jacobian.plan.method, "quick")
+    with problem.running("looking for samples that mix"), rng_kept(problem.targets[0].tensor.device):
+        own = call(problem, reading=True)
+        u = subject.draws.gaussian((problem.size, own.out.shape[1]), own.values)
+        independence(subject, own, u, own.pull(u, [place.at for place in own.places]))
+        if problem.randomness not in ("same", "different"):
+            values(subject, own.values)
+    return subject.report
+
+
 def quick(subject: Subject) -> None:
     """Independence, values, identities, a few samples alone: about the cost of four training steps."""
     problem, report = subject.problem, subject.report

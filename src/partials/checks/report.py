@@ -146,7 +146,9 @@ class Report:
         more = f" (and {others} more rows)" if others else ""
         error = CheckError(
             f"the Jacobian of {self.function} by {self.method!r} failed the check {first.check!r} in {first.parameter!r}{place}{more}",
-            got=f"an error of {_percent(first.error)} of the row, {first.size}" + (f": {first.told}" if first.told else ""),
+            got=f"an error of {_percent(first.error)} of the row, {first.size}"
+            + (f": {first.told}" if first.told else "")
+            + (f"; {first.remark}" if first.remark and first.remark != first.told else ""),
             expected=f"at most {first.tolerance:.2g} ({first.reason}); {ABOUT[first.check.split()[0]]}",
             hint="print(error.report); another method, such as method='loop'; please report it, since your function is not at fault",
         )

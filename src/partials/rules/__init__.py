@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from . import attention, contraction, conv, elementwise, embedding, linear, norm, recurrent
 from ._parts import ConvPart, Declined, ExpandedPart, GatherPart, NoRule, OuterPart, Part, SumPart
-from ._table import COMPOSITES, ELEMENTWISE, PHYSICAL, RULES, Run, rule
+from ._table import COMPOSITES, ELEMENTWISE, PHYSICAL, REPEATED, RULES, Run, rule
 
 __all__ = [
     "COMPOSITES",
     "ELEMENTWISE",
     "PHYSICAL",
+    "REPEATED",
     "RULES",
     "ConvPart",
     "Declined",

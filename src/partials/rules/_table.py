@@ -18,6 +18,8 @@ ELEMENTWISE: set[Any] = set()
 """Operations whose output entry depends on one (broadcast) entry of each tensor argument."""
 COMPOSITES: dict[Any, Callable[..., Any]] = {}
 """Operations that are re-expressed in others: what stands in for them computes their result by operations that have rules."""
+REPEATED: dict[Any, Callable[..., tuple[Any, tuple[int, ...]] | None]] = {}
+"""Operations on parameters alone that may give the same for every sample: (first argument for one of them, shape to expand to)."""
 PHYSICAL: dict[Any, Callable[..., Any]] = {}
 """Operations that torch's vmap runs sample by sample, as functions of whole batches: all tensors are (N, ...), also the result."""
 

@@ -8,11 +8,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .._errors import InputError
 from .._typing import Tensor
 from ._parts import GatherPart, NoRule, Part
-from ._table import rule
+from ._table import REPEATED, rule
 
-BATCHWISE = "max_norm writes to the weight in forward, and scale_grad_by_freq counts over the batch: neither is a derivative of one sample"
+
+def refuse(func: Any, args: Any, kwargs: Any) -> None:
+    """InputError for a table whose gradient is no derivative of one sample."""
+    if func not in (F.embedding, F.embedding_bag):
+        return
+    found = {name: kwargs.get(name, args[i] if len(args) > i else None) for name, i in (("max_norm", 3), ("scale_grad_by_freq", 5))}
+    if found["max_norm"] is not None:
+        raise InputError(
+            f"{func.__name__} with max_norm writes to its weight when it is called",
+            got=f"max_norm={found['max_norm']}",
+            expected="a function that leaves its parameters as they are",
+            hint="normalise the rows before, and set max_norm=None; or freeze the weight",
+        )
+    if found["scale_grad_by_freq"]:
+        raise InputError(
+            f"{func.__name__} with scale_grad_by_freq divides by how often an index occurs in the batch: no derivative of one sample",
+            got="scale_grad_by_freq=True",
+            expected="False",
+            hint="set it to False, and divide rows of the result by the counts you want",
+        )
 
 
 @rule(F.embedding)
@@ -26,8 +46,6 @@ def embedding(
     sparse: bool = False,
 ) -> Iterator[Part]:
     """z[t] = weight[input[t]]; the padding row has no derivative, though its value is used."""
-    if max_norm is not None or scale_grad_by_freq:
-        raise NoRule(BATCHWISE)
     if padding_idx is not None:
         padding = padding_idx % weight.shape[0]
         input = input.masked_fill(input == padding, -1)
@@ -49,8 +67,6 @@ def embedding_bag(
     padding_idx: int | None = None,
 ) -> Iterator[Part]:
     """z[b] = sum, mean or maximum over k of weight[input[b, k]], each weighted in a sum; padding rows are no part of a bag."""
-    if max_norm is not None or scale_grad_by_freq:
-        raise NoRule(BATCHWISE)
     bags, weights = _bags(input, offsets, per_sample_weights, include_last_offset)
     if padding_idx is not None:
         bags = bags.masked_fill(bags == padding_idx % weight.shape[0], -1)
@@ -90,6 +106,17 @@ def index_select(input: Tensor, dim: int, index: Tensor) -> Iterator[Part]:
     if dim % max(input.ndim, 1) or index.ndim != 1:
         raise NoRule("a selection along another dimension than the first")
     yield GatherPart(input, index)
+
+
+def repeated(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, tuple[int, ...]] | None:
+    """An index that was itself expanded (token types that default to zero) looks up the same rows again and again."""
+    if not any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
+        return None
+    once = input[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in input.stride())]
+    return once, (*input.shape, weight.shape[-1])
+
+
+REPEATED[F.embedding] = repeated
 
 
 @rule(torch.Tensor.__getitem__)

@@ -211,7 +211,7 @@ def test_the_vmapped_runner_unrolls(kind, monkeypatch):
     def refuse(problem):
         raise Refused("switched off for the test")
 
-    monkeypatch.setattr(trial, "native", refuse)
+    monkeypatch.setitem(trial.RUNNERS, "native", refuse)
     agrees(Sequence(KINDS[kind](3, 4, 2, bidirectional=True)), draw(N, 3, 3), runner="vmapped")
 
 
