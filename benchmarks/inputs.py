@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def timed(case: Case, turns: int, training: bool) -> list[Timing]:
     """Nested reverse mode first: the others are told in its units."""
     widths, samples, operator = case
     torch.manual_seed(0)
-    layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.Tanh())][:-1]
+    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())][:-1]
     net, X = nn.Sequential(*layers), torch.randn(samples, widths[0])
     parameters = list(net.parameters())
 
