@@ -9,8 +9,9 @@ import torch
 from .._compat import inside_transform
 from .._errors import MethodError, PartialsError
 from .._plan import Cost, Use, Verdict
-from .._probe import Facts, demand_policy, look, random_state
+from .._probe import Facts, demand_policy, look
 from .._problem import Problem
+from .._state import drawn_since, random_state, restore
 from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from .describe import described, held
@@ -49,21 +50,22 @@ def attempt(problem: Problem) -> Attempt:
     nested = doubtful = False
     if inside_transform():
         return Attempt(None, {"capture": "a torch.func transform is running around this call"})
+    device = problem.targets[0].tensor.device
     for name, runner in RUNNERS.items():
         if name == "taped" and not nested:
             continue
-        before = random_state()
+        before = random_state(device)
         try:
             if name != "vmapped" and problem.randomness in ("same", "different"):
                 raise Refused(f'randomness="{problem.randomness}" is a policy for samples run apart')
             run = runner(problem)
-            if problem.randomness == "error" and random_state() != before:
-                restore(before)
+            if problem.randomness == "error" and drawn_since(before, device):
+                restore(before, device)
                 demand_policy(problem, look(problem))
             within_budget(problem, run[2].uses, int(torch.Size(run[0].shape[1:]).numel()))
             return Attempt(_solved(problem, run, name), {}, doubtful)
         except Hidden as hidden:
-            restore(before)
+            restore(before, device)
             return Attempt(None, _hidden(hidden, reasons), doubtful)
         except Refused as refused:
             nested |= refused.nested
@@ -71,7 +73,7 @@ def attempt(problem: Problem) -> Attempt:
             reasons.append(f"{name}: {refused}")
         except MethodError as error:
             reasons.append(f"{name}: {error.what}")
-        restore(before)
+        restore(before, device)
     return Attempt(None, {"capture": "; ".join(reasons)}, doubtful)
 
 
@@ -108,7 +110,7 @@ def preview(problem: Problem, facts: Facts) -> Preview:
             cost = _cost(problem, facts, sum(held(use) for use in trace.uses))
             return Preview(
                 Verdict("capture", f"{name} run, every use of every parameter in factors", cost),
-                described(trace, wanted, problem.size, None, name),
+                described(trace.uses, wanted, problem.size, None, name),
             )
         except Hidden as hidden:
             refused_too = _hidden(hidden, reasons)
@@ -134,14 +136,6 @@ def within_budget(problem: Problem, uses: list, outputs: int) -> None:  # type: 
     needed = sum(held(use) for use in uses) * max(1, outputs)
     if needed > problem.budget:
         raise Refused(f"the factors need {needed} bytes, more than max_memory={problem.budget}")
-
-
-def restore(state: bytes) -> None:
-    """The random state of the CPU (and of CUDA, where in use) as it was."""
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(torch.frombuffer(bytearray(state[:size]), dtype=torch.uint8))
-    if len(state) > size:
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(state[size:]), dtype=torch.uint8))
 
 
 def _cost(problem: Problem, facts: Facts, held_bytes: int) -> Cost:
