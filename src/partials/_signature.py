@@ -120,7 +120,9 @@ def first_tensor(tree: Any) -> Tensor | None:
     return next((tensor for _, tensor in walk(tree, "")), None)
 
 
-def explicit_dims(in_dims: Any, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int | None] | int | None:
+def explicit_dims(
+    in_dims: Any, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, int | None] | int | None:
     """`in_dims` as {leaf or argument name: dim}, or the single number that holds for every tensor."""
     if in_dims is None or (isinstance(in_dims, int) and not isinstance(in_dims, bool)):
         return in_dims

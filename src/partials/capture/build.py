@@ -54,7 +54,8 @@ def released(use: Use) -> Use:
     """The use without the tensors that its block does not keep: enough to describe it."""
     if type(use.part) not in READ_AGAIN:
         use.saved = ()
-        for name in data_of(type(use.part)):
+        kind: Any = type(use.part)
+        for name in data_of(kind):
             setattr(use.part, name, None)
     return use
 

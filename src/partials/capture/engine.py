@@ -126,7 +126,9 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     notes = [f"no rule, expanded: {listed(sorted(set(trace.expanded)))}"] if trace.expanded else []
     if not values.requires_grad:
         notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
-    sources = [(f"an input of {use.operation}", t, version) for use in trace.uses if type(use.part) in READ_AGAIN for t, version in use.saved]
+    sources = [
+        (f"an input of {use.operation}", t, version) for use in trace.uses if type(use.part) in READ_AGAIN for t, version in use.saved
+    ]
     uses = [released(use) for use in trace.uses]
     return Computed(
         values if problem.create_graph else values.detach(),
@@ -137,7 +139,6 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
         lambda: described(uses, wanted, size, measured, runner),
         doubtful=any([placed.owned is not None for placed in measured]),
     )
-
 
 
 def merged(group: list[Block]) -> list[Block]:

@@ -391,7 +391,8 @@ class Recorder(TorchFunctionMode):
         if order is not None and not place.merged and order == tuple(range(len(order))):
             order = None  # (they are in front already)
         layout = None if self.level is None else Layout(0, 1, place.whole[1]) if place.merged and place.whole[1] != 1 else FIRST
-        course.entries += (type(part), form(shape, course.n))
+        kind: Any = type(part)
+        course.entries += (kind, form(shape, course.n))
         trace.uses.append(Use(func, part, len(trace.edges) - 1, shape, order, place.merged, layout, saved))
 
 

@@ -66,7 +66,7 @@ def test_a_global_a_closure_and_a_keyword():
         return sided(x, layer.weight, layer.bias, FLAG)
 
     def call(swapped):
-        global FLAG  # noqa: PLW0603
+        global FLAG
         FLAG = swapped
         agrees(by_global, x, params=layer)
         agrees(lambda x: sided(x, layer.weight, layer.bias, swapped), x, params=layer)
@@ -190,7 +190,12 @@ def test_a_vmap_of_the_users_over_what_is_no_sample():
     for t in (5, N):
         agrees(lambda x, w: torch.vmap(lambda xt: F.linear(xt, w).sin(), in_dims=1, out_dims=1)(x).sum((1, 2)), draw(N, t, 4), w)
         agrees(lambda x, w: torch.vmap(lambda xn: F.linear(xn, w).sin())(x).sum((1, 2)), draw(N, t, 4), w)
-        agrees(lambda x, w: torch.vmap(lambda xk: (xk * w).sin().sum((0, 2)))(x).sum(0), draw(3, N, N, 4), draw(4, grad=True), in_dims=(2, None))
+        agrees(
+            lambda x, w: torch.vmap(lambda xk: (xk * w).sin().sum((0, 2)))(x).sum(0),
+            draw(3, N, N, 4),
+            draw(4, grad=True),
+            in_dims=(2, None),
+        )
 
 
 def test_threads_take_different_courses():
