@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from ._input_jacobian import InputJacobian
     from ._jacobian import Jacobian, concat
     from ._plan import Plan
+    from ._tape import tape
     from .checks.report import Report
     from .rules import rule
     from .store import open_store as open
-    from ._tape import tape
     from .taylor import biharmonic, curl, derivatives, directional, divergence, hessian, laplacian, partial
 
 __version__ = "0.1.0"

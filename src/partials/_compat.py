@@ -35,6 +35,10 @@ PRIVATE = _private is not None and not os.environ.get("PARTIALS_PUBLIC_ONLY")
 """Whether the private calls are there and not switched off (PARTIALS_PUBLIC_ONLY=1 switches them off)."""
 
 
+PACK = getattr(torch, "_pack_padded_sequence", None)
+"""What `pack_padded_sequence` calls; a mode sees no public name of it. Without it, a packed run is taken for one routed by data."""
+
+
 def transform_of(t: Tensor) -> str:
     """The innermost torch.func transform that wraps `t`: "vmap", "other" (grad, jvp, functionalize), or ""."""
     if type(t) is not Tensor and isinstance(t, torch.nn.Parameter):

@@ -6,9 +6,10 @@ the output, so that the cotangent is unfolded and the input is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import reduce
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from ._blocks import ROOM, Block
 from ._factors import Outer
+from ._gather import each, widest
 from ._typing import Shape, Tensor
 
 CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -44,24 +46,44 @@ class Conv(Block):
         return self.g.shape[0], self.g.shape[1]
 
     def dense(self) -> Tensor:
-        """The rows, one product for each offset of the kernel: no patches are unfolded."""
+        """The rows: one product for each offset along the kernel's first dimension."""
         if self.transposed:
             return self._by_outer(lambda block: block.dense())
-        n, c, frames, o = self.g.shape[:4]
-        groups, space = self.groups, self.g.shape[4:]
-        g = self.g.unflatten(3, (groups, o // groups)).movedim(3, 1).movedim(3, 4).flatten(5)  # (N, groups, C, O/groups, frames, L)
-        g = g.reshape(n, groups, c * (o // groups), frames * space.numel())
-        x, rows = self._padded(), []
-        for offset in product(*map(range, self.shape[2:])):
-            cuts = tuple(
-                slice(k * gap, k * gap + step * (size - 1) + 1, step)
-                for k, gap, step, size in zip(offset, self.dilation, self.stride, space, strict=True)
-            )
-            seen = x[(slice(None), slice(None), slice(None), *cuts)].flatten(3)  # (N, frames, I, L)
-            seen = seen.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).reshape(n, groups, frames * space.numel(), self.shape[1])
-            rows.append(g @ seen)
-        found = torch.stack(rows, -1).unflatten(2, (c, o // groups))  # (N, groups, C, O/groups, I/groups, kernel)
-        return found.movedim(2, 1).reshape(n, c, *self.shape)
+        return torch.stack(list(self._strips()), 5).reshape(*self.rows, *self.shape)
+
+    def write(self, out: Tensor, *, add: bool = False) -> None:
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (self.a, self.g, out))
+        if self.transposed or tracked:
+            super().write(out, add=add)
+            return
+        target = out.view(*self.rows, self.groups, self.shape[0] // self.groups, *self.shape[1:])
+        for offset, strip in enumerate(self._strips()):
+            place = target.select(5, offset)
+            place.add_(strip) if add else place.copy_(strip)
+
+    def _strips(self) -> Iterator[Tensor]:
+        """The rows at each offset along the kernel's first dimension: (N, C, groups, O/groups, I/groups, *kernel[1:]).
+
+        Patches are laid out along the other dimensions only. Along the first one, positions that a stride takes apart are brought
+        side by side (a phase for each remainder), so that those of one offset lie one after the other: no patch is copied for it.
+        """
+        (n, c, frames, o), groups, k = self.g.shape[:4], self.groups, self.shape[2]
+        step, gap, (length, *others) = self.stride[0], self.dilation[0], self.g.shape[4:]
+        across = prod(others)
+        x = self._patches(self.g.shape[4:], first=1)  # (N, frames, I, size, *others, *kernel[1:])
+        x = x.narrow(3, 0, step * (length - 1) + gap * (k - 1) + 1)
+        if x.shape[3] % step:
+            x = F.pad(x, [0, 0] * (x.ndim - 4) + [0, -x.shape[3] % step])
+        x = x.unflatten(3, (-1, step)).unflatten(2, (groups, -1))  # (N, frames, groups, I/groups, size/step, step, *others, *kernel[1:])
+        kernel, places = list(range(6 + len(others), x.ndim)), list(range(6, 6 + len(others)))
+        x = x.permute(0, 2, 1, 3, *kernel, 5, 4, *places).reshape(n * groups * frames, prod(self.shape[1:]) // k, step, x.shape[4] * across)
+        g = self.g.unflatten(3, (groups, -1)).permute(0, 3, 2, 1, 4, *range(5, 6 + len(others)))  # (N, groups, frames, C, O/groups, ...)
+        g = g.reshape(n * groups * frames, c * o // groups, length * across)
+        for offset in range(k):
+            start = offset * gap // step * across
+            rows = torch.bmm(g, x[:, :, offset * gap % step, start : start + length * across].mT)
+            rows = rows.view(n, groups, frames, c, o // groups, self.shape[1], *self.shape[3:])
+            yield (rows.squeeze(2) if frames == 1 else rows.sum(2)).transpose(1, 2)
 
     def select(self, index: Tensor) -> Block:
         return replace(self, a=self.a.index_select(0, index), g=self.g.index_select(0, index))
@@ -124,7 +146,7 @@ class Conv(Block):
         features = self.rows[1] * self.shape[0] // self.groups
         if positions * (patch + features) < features * patch:  # (few positions: pairs of them cost less than rows)
             return self._by_outer(lambda block: block.squared_norms())
-        return super().squared_norms()
+        return self._by_samples(lambda block: reduce(torch.add, (each(strip, strip) for (strip,) in map(widest, block._strips()))))
 
     def inner(self, other: Block) -> Tensor:
         if not isinstance(other, Conv):
@@ -155,13 +177,14 @@ class Conv(Block):
         g = self.g.movedim(3, -1).reshape(n, c, positions, self.groups, self.shape[0] // self.groups)
         return Outer(a, g, self.shape)
 
-    def _patches(self, space: torch.Size) -> Tensor:
-        """(..., *space, *kernel): a strided view of the padded side."""
+    def _patches(self, space: torch.Size, first: int = 0) -> Tensor:
+        """(..., *space, *kernel): a strided view of the padded side, with patches along the dimensions from `first` on."""
         x = self._padded()
-        first = x.ndim - len(space)
+        lead = x.ndim - len(space)
         for d, (size, step, gap) in enumerate(zip(self.shape[2:], self.stride, self.dilation, strict=True)):
-            x = x.unfold(first + d, gap * (size - 1) + 1, step)[..., ::gap]
-        return x[(slice(None),) * first + tuple(slice(0, size) for size in space)]
+            if d >= first:
+                x = x.unfold(lead + d, gap * (size - 1) + 1, step)[..., ::gap].narrow(lead + d, 0, space[d])
+        return x
 
     def _at(self, samples: slice) -> Conv:
         return replace(self, a=self.a[samples], g=self.g[samples])

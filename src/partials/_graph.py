@@ -43,3 +43,8 @@ def reached(output: Tensor, tensors: Mapping[str, Tensor], stops: Collection[Any
             found.add(wanted_leaves[id(leaf)])
         stack.extend(following for following, _ in node.next_functions)
     return found
+
+
+def strided(gradient: Tensor | None) -> Tensor | None:
+    """A gradient as a dense tensor: an embedding with `sparse=True` gives a sparse one."""
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient

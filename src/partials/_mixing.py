@@ -108,7 +108,8 @@ def first_difference(
         for i, (one, two) in enumerate(zip(traces[0].steps, traces[1].steps, strict=False)):
             if one.operation != two.operation:
                 return None
-            if i in needed and not all(_shared(a, b, size, sample) for a, b in zip(one.copies, two.copies, strict=True)):
+            # (a step without a place is the library's own)
+            if i in needed and one.frames[0] and not all(_shared(a, b, size, sample) for a, b in zip(one.copies, two.copies, strict=True)):
                 file, line, owner = one.frames
                 return Culprit(one.operation, file, line, _named(owner, module))
     return None

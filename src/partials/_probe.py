@@ -21,6 +21,9 @@ from ._state import rng_kept
 from ._typing import Tensor
 from .rules import embedding
 
+UNBATCHED = frozenset({torch.native_group_norm})
+"""torch 2.13: vmap of the backward of its second and third output is wrong, with no error (F.group_norm has only the first)."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -37,6 +40,8 @@ class Facts:
     """Why f cannot be called with one sample, where it cannot though it can with the whole batch."""
     forward_unsafe: tuple[str, ...] = ()
     """Operations whose forward-mode derivative differs from the reverse-mode one."""
+    vmap_unsafe: tuple[str, ...] = ()
+    """Operations whose derivative under vmap is not that of the operation."""
     reentrant: bool = False
     """The graph has a node that runs a part of f again in the reverse pass (`torch.utils.checkpoint` with use_reentrant=True)."""
 
@@ -82,6 +87,7 @@ def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] 
         tuple(counter.random),
         None,
         tuple(counter.unsafe),
+        tuple(counter.unbatched),
         hides_uses(out),
     )
 
@@ -117,6 +123,7 @@ class _Counter(TorchFunctionMode):
         self.operations = self.flops = self.saved = self.written = 0
         self.random: dict[str, None] = {}
         self.unsafe: dict[str, None] = {}
+        self.unbatched: dict[str, None] = {}
         self.seen: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,6 +139,8 @@ class _Counter(TorchFunctionMode):
             self.written += result.numel() * result.element_size()
         if state is not None and state != random_state():
             self.random[(resolve_name(func) or getattr(func, "__name__", "a random operation")).removeprefix("torch.")] = None
+        if func in UNBATCHED:
+            self.unbatched[func.__name__] = None
         if func is F.embedding and (kwargs.get("padding_idx") is not None or (len(args) > 2 and args[2] is not None)):
             self.unsafe["embedding with padding_idx"] = None
         return out

@@ -154,7 +154,7 @@ class Problem:
             if id(target.own) in passed:
                 by_id[id(target.own)] = given
             outside.append((target.own, given))
-        if all([own is given for own, given in outside]):
+        if all(own is given for own, given in outside):
             outside = []
         pairs = zip(self.leaves, values, strict=True)
         return [by_id.get(id(leaf.tensor), by_name.get(leaf.name, value)) for leaf, value in pairs], outside
@@ -194,13 +194,13 @@ def normalise(
     args, kwargs = tuple(args), dict(kwargs)
     names = [*argument_names(f, len(args) - has_target), *["target"] * has_target]
     arguments = arguments_of(names, args, kwargs)
-    if any([tensor.is_inference() for _, tensor in arguments]):
+    if any(tensor.is_inference() for _, tensor in arguments):
         arguments = [(name, usable(tensor)) for name, tensor in arguments]
         args, kwargs = rebuild((args, kwargs), iter([tensor for _, tensor in arguments]))
     explicit = explicit_dims(in_dims, names, args, kwargs) if batched else {}
     differentiable = [(name, tensor) for name, tensor in arguments if not _under(name, "target")] if has_target else arguments
     for name, tensor in arguments:
-        demand_values("input", name, tensor)
+        demand_values(f"input {name!r}", tensor)
     targets, aliases = choose(f, differentiable, params, wrt, explicit if batched else {name: None for name, _ in arguments})
     if not batched:
         targets = [replace(t, kind=_kind_unbatched(t, params, f)) for t in targets]

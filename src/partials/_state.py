@@ -38,7 +38,7 @@ class Running(AbstractContextManager["Running"]):
             contexts.append(torch.enable_grad())
         if "torch._dynamo" in sys.modules:
             contexts.append(uncompiled())
-        if self.module is not None and any([owner._buffers for owner in modules(self.module)]):
+        if self.module is not None and any(owner._buffers for owner in modules(self.module)):
             contexts.append(untouched(self.module))
         if self.twice:
             contexts.append(twice_differentiable())

@@ -15,8 +15,8 @@ from ._rows import Origin
 from ._run import wrap
 from ._typing import Tensor
 from .capture.engine import parameters, solve
-from .capture.recorder import Refused
 from .capture.tape import TapeRecorder
+from .capture.trace import Refused
 
 
 @final

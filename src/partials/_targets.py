@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ._errors import InputError, listed, near
-from ._modules import named_parameters
+from ._modules import named_modules, named_parameters
 from ._signature import lookup, walk
 from ._typing import Function, Tensor
 
@@ -59,6 +59,9 @@ def choose(
     if params is None and not isinstance(f, nn.Module):
         return _of_arguments(f, arguments, wrt, dims), {}
     source = f if params is None else params
+    for module in (f, params):
+        if isinstance(module, nn.Module):
+            demand_whole(module)
     outside, aliases = _outside(source)
     patterns = _patterns(wrt)
     if patterns is None:
@@ -224,11 +227,10 @@ def _match(patterns: list[str], known: list[str]) -> set[str]:
     return found
 
 
-def demand_values(kind: str, name: str, tensor: Tensor) -> None:
+def demand_values(what: str, tensor: Tensor) -> None:
     """InputError for a tensor whose numbers are not here."""
     if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
         return
-    what = f"{kind} {name!r}"
     if is_lazy(tensor):
         raise InputError(
             f"{what} is not initialised", got="a lazy parameter without a shape", expected="a tensor", hint="run the module once: module(x)"
@@ -244,17 +246,38 @@ def demand_values(kind: str, name: str, tensor: Tensor) -> None:
             expected="a whole tensor in this process",
             hint="a module whose parameters are whole: full_tensor() of each, or FSDP's summon_full_params",
         )
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise InputError(
+            f"{what} is not a dense tensor",
+            got="a nested tensor" if tensor.is_nested else str(tensor.layout),
+            expected="a dense tensor",
+            hint="tensor.to_padded_tensor(0.0), and its lengths as another input" if tensor.is_nested else "tensor.to_dense()",
+        )
+
+
+def demand_whole(module: nn.Module) -> None:
+    """InputError for a parameter, asked for or not, whose numbers are not here: a run would initialise it, or gather it."""
+    for name, layer in named_modules(module):
+        if type(layer).__name__ == "FullyShardedDataParallel":
+            raise InputError(
+                f"the parameters of {name.removesuffix('.') or 'the module'} are sharded over processes",
+                got=type(layer).__name__,
+                expected="a whole tensor for each parameter in this process",
+                hint="the module before it is wrapped: samples, not parameters, can be spread over processes",
+            )
+    for name, parameter in named_parameters(module):
+        demand_values(f"parameter {name!r}", parameter)
 
 
 def _checked(targets: list[Target]) -> list[Target]:
     for target in targets:
-        demand_values(target.kind, target.name, target.own)
+        demand_values(f"{target.kind} {target.name!r}", target.own)
         if not target.tensor.is_floating_point():
             raise InputError(
-                f"{target.kind} {target.name!r} is not differentiable",
+                f"{target.kind} {target.name!r} is {'quantised: ' if target.tensor.is_quantized else ''}not differentiable",
                 got=str(target.tensor.dtype),
                 expected="a floating-point tensor",
-                hint="convert it with .float(), or leave it out of wrt",
+                hint="its .dequantize()" if target.tensor.is_quantized else "convert it with .float(), or leave it out of wrt",
             )
     return targets
 

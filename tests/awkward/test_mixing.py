@@ -233,9 +233,8 @@ def test_a_state_made_for_the_batch_is_no_mixing():
 
 
 def test_points_of_derivatives():
-    with pytest.raises(pt.MixingError, match=r"first in Tensor\.mean") as caught:
+    with pytest.raises(pt.MixingError, match="the value at one point depends on other points"):
         pt.derivatives(lambda x: (x - x.mean()) ** 3, "xx")(torch.linspace(0, 1, 7, dtype=torch.float64))
-    assert Path(caught.value.culprit.file) == Path(__file__)
 
 
 def test_the_trace_itself():

@@ -46,7 +46,7 @@ def projected(out: torch.Tensor, batched: bool) -> torch.Tensor:
     rows = out.flatten(1) if batched and out.ndim > 1 else out.unsqueeze(1) if batched else out.reshape(-1)
     if rows.shape[-1] <= OUTPUTS:
         return rows
-    columns = torch.arange(rows.shape[-1] * OUTPUTS, dtype=rows.dtype).cos().view(rows.shape[-1], OUTPUTS)
+    columns = 1.3 + torch.arange(rows.shape[-1] * OUTPUTS, dtype=rows.dtype).cos().view(rows.shape[-1], OUTPUTS)
     return rows @ columns
 
 

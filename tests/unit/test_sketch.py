@@ -13,7 +13,19 @@ from partials.testing import CASES
 from tests.oracle import dense, reference
 
 KINDS = list(_sketch.KINDS)
-NAMES = ["line", "scalar_output", "matrix_output", "many_shapes", "unused_parameter", "mlp", "cnn", "tied", "embedding", "attention", "lora"]
+NAMES = [
+    "line",
+    "scalar_output",
+    "matrix_output",
+    "many_shapes",
+    "unused_parameter",
+    "mlp",
+    "cnn",
+    "tied",
+    "embedding",
+    "attention",
+    "lora",
+]
 
 
 def whole(kind, k, seed, name, shape):
@@ -21,7 +33,9 @@ def whole(kind, k, seed, name, shape):
     entries, rows = torch.Size(shape).numel(), shape[0] if shape else 1
     vector = min(rows, torch.Size(shape[1:]).numel()) < 2
     if kind == "sparse" or (kind == "kronecker" and vector):
-        return _sketch._poured(torch.eye(entries, dtype=torch.float64)[None], *_sketch._destinations(key_of(seed, name), k, torch.arange(entries)), k)[0]
+        return _sketch._poured(
+            torch.eye(entries, dtype=torch.float64)[None], *_sketch._destinations(key_of(seed, name), k, torch.arange(entries)), k
+        )[0]
     if kind == "kronecker":
         left, right = _sketch.sides(k)
         like = torch.empty(0, dtype=torch.float64)
@@ -136,7 +150,12 @@ def test_half_precision_is_summed_in_float32(kind):
 
 @pytest.mark.parametrize(
     ("k", "kind", "seed", "words"),
-    [(0, "gaussian", 0, "k is not understood"), (2.0, "gaussian", 0, "k is not"), (2, "fjlt", 0, "one of: 'gaussian'"), (2, "sparse", None, "seed is")],
+    [
+        (0, "gaussian", 0, "k is not understood"),
+        (2.0, "gaussian", 0, "k is not"),
+        (2, "fjlt", 0, "one of: 'gaussian'"),
+        (2, "sparse", None, "seed is"),
+    ],
 )
 def test_refusals(k, kind, seed, words):
     J = pt.jacobian(nn.Linear(3, 2), torch.randn(5, 3), check="never")

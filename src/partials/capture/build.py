@@ -15,8 +15,7 @@ from .._pullback import carried
 from .._typing import Tensor
 from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, Part, SumPart, data_of, with_data
 from .layout import FIRST, Layout
-from .recorder import Refused, Use
-
+from .trace import Refused, Use
 
 READ_AGAIN = {OuterPart, GatherPart, ConvPart}
 """Parts whose data the block keeps; what the others read is used up when the block is made."""

@@ -84,7 +84,7 @@ def form(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
 
 
 def wrapped(t: Tensor, course: Course) -> Hashable:
-    """What a layout can depend on in a tensor of a `vmap`: the number of the tensor beneath, and which dimensions are mapped; "" of others."""
+    """What a layout can depend on in a tensor of a `vmap`: the number of the one beneath, and which dimensions are mapped; "" of others."""
     if _compat.transform_of(t) != "vmap":
         return ""
     raw, order = _compat.unwrapped(t)

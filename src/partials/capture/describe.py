@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from .._plan import Use as Line
 from .._typing import Tensor
 from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, Part
 from .layout import Layout
-from .recorder import Use
+from .trace import Use
 
 
 def described(
-    uses: list[Use], wanted: Mapping[str, Tensor], size: int, layouts: list[Layout] | None = None, runner: str = "native"
+    uses: list[Use], wanted: Mapping[str, Tensor], size: int, layouts: Sequence[Layout | None] | None = None, runner: str = "native"
 ) -> tuple[Line, ...]:
     """A line for each use of `size` samples; layouts are known only after the reverse passes."""
     names = {id(t): name for name, t in wanted.items()}
-    places = ["when run"] * len(uses) if layouts is None else [str(place) for place in layouts]
+    places = ["when run"] * len(uses) if layouts is None else ["leads nowhere" if place is None else str(place) for place in layouts]
     return tuple(
         Line(
             parameter=names.get(id(use.part.parameter), "(computed)"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from .course import form
 from .describe import described
 from .known import LAYOUTS
 from .layout import Layout, spilt
-from .recorder import Recorder, Refused, Trace, Unplaced, Use
+from .recorder import Recorder
 from .reverse import cotangents, single, weighted
 from .tape import TapeRecorder
+from .trace import Refused, Trace, Unplaced, Use
 from .walk import demand_complete
 
 Run = tuple[Tensor, Any, Trace, dict[str, Tensor]]
@@ -101,15 +102,22 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
         for t, version in use.saved:
             if t._version != version:
                 raise Refused(f"an input of {use.operation} was changed in place after the operation read it")
-    measured = _layouts(problem, values, trace)
+    measured: list[Layout | None] = _layouts(problem, values, trace)
     outputs = values.shape[1:].numel()
-    passes = single if outputs == 1 else cotangents
-    found = passes(values, [*trace.edges, *(tensors[t.name] for t in problem.inputs)], create_graph=problem.create_graph)
+    inputs = [tensors[t.name] for t in problem.inputs]
+    edges = [*trace.edges, *inputs]
+    found: Sequence[Tensor | None] = (
+        single(values, edges, create_graph=problem.create_graph)
+        if outputs == 1
+        else cotangents(values, edges, create_graph=problem.create_graph, one_by_one=trace.one_by_one)
+    )
+    if any(placed is None and found[use.slot] is not None for use, placed in zip(trace.uses, measured, strict=True)):
+        measured = _layouts(problem, values, trace, anew=True)  # a use that led nowhere when layouts were remembered
     groups: dict[str, list[Block]] = {name: [] for name in wanted}
     names = {id(t): name for name, t in wanted.items()}
     for use, placed in zip(trace.uses, measured, strict=True):
         g = found[use.slot]
-        if g is None:
+        if g is None or placed is None:
             continue
         if placed.owned is not None and spilt(canonical(use, g.unsqueeze(0) if outputs == 1 else g), placed):
             raise Refused(f"{use.operation}: positions of its output belong to no sample")
@@ -137,7 +145,7 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
         whole,
         tuple(sources),
         lambda: described(uses, wanted, size, measured, runner),
-        doubtful=any([placed.owned is not None for placed in measured]),
+        doubtful=any(placed is not None and placed.owned is not None for placed in measured),
     )
 
 
@@ -151,26 +159,30 @@ def merged(group: list[Block]) -> list[Block]:
     return [*(b for b in group if type(b) is not Dense), Dense(sum((b.values for b in dense[1:]), dense[0].values))]
 
 
-def _layouts(problem: Problem, values: Tensor, trace: Trace) -> list[Layout]:
-    """A layout for every use: known in a vmapped run, remembered from a run of the same course, or measured by two reverse passes."""
+def _layouts(problem: Problem, values: Tensor, trace: Trace, *, anew: bool = False) -> list[Layout | None]:
+    """A layout for every use: known in a vmapped run, remembered from a run of the same course, or measured by two reverse passes.
+
+    None stands for a use that the values do not depend on.
+    """
     n = problem.size
     if n == 0:
-        return [layouts.FIRST] * len(trace.uses)
+        return [layouts.FIRST for _ in trace.uses]
     open_uses = [use for use in trace.uses if use.layout is None]
     if not open_uses:
         return _spread(trace.uses, [])
     key = (tuple(problem.dims), tuple(form(leaf.tensor.shape, n) for leaf in problem.leaves), form(values.shape, n), *trace.course)
-    remembered = () if trace.routed else LAYOUTS.get(key) or ()
-    found = [layouts.resolve(known, use.shape, n) for known, use in zip(remembered, open_uses, strict=False)]
-    if len(found) == len(open_uses) and all(found):
-        return _spread(trace.uses, [layout for layout in found if layout is not None])
+    remembered = None if trace.routed or anew else LAYOUTS.get(key)
+    if remembered is not None and len(remembered) == len(open_uses):
+        known = [None if p is None else layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]
+        if all(k is not None or p is None for k, p in zip(known, remembered, strict=True)):
+            return _spread(trace.uses, known)
     measured, proved = _measure(problem, values, open_uses, trace.edges, layouts.tolerance(trace.dtypes))
     if proved and not trace.routed:
-        LAYOUTS.put(key, tuple(layouts.pattern(layout) for layout in measured))
+        LAYOUTS.put(key, tuple([None if layout is None else layouts.pattern(layout) for layout in measured]))
     return _spread(trace.uses, measured)
 
 
-def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], within: float) -> tuple[list[Layout], bool]:
+def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], within: float) -> tuple[list[Layout | None], bool]:
     n = problem.size
     if n == 1:
         return [layouts.candidates(use.shape, 1)[0] for use in uses], False
@@ -181,12 +193,12 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
     weights = 1 + torch.arange(n, dtype=torch.float64, device=values.device) / n
     first = weighted(values, edges, seeds)
     second = weighted(values, edges, seeds * weights.to(values.dtype).reshape(-1, *(1,) * (values.ndim - 1)))
-    found, proved = [], True
+    found: list[Layout | None] = []
+    proved = True
     for use in uses:
         one, two = first[use.slot], second[use.slot]
         if one is None or two is None:
-            found.append(layouts.FIRST)
-            proved = False
+            found.append(None)
             continue
         one, two = (canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two))
         layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)), within)
@@ -199,7 +211,7 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
     return found, proved
 
 
-def _spread(uses: list[Use], found: list[Layout]) -> list[Layout]:
+def _spread(uses: list[Use], found: Sequence[Layout | None]) -> list[Layout | None]:
     rest = iter(found)
     return [next(rest) if use.layout is None else use.layout for use in uses]
 

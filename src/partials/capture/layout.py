@@ -108,7 +108,7 @@ def owners(first: Tensor, second: Tensor, weights: Tensor, features: Collection[
     n, one, two = len(weights), first.to(weights.dtype), second.to(weights.dtype)
     within = min(within, 0.1 / n)
     for dim, size in enumerate(first.shape):
-        if size < n or dim in features:
+        if dim in features:
             continue
         a, b = (t.movedim(dim, 0).reshape(size, -1) for t in (one, two))
         length = a.square().sum(1)

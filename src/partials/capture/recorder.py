@@ -8,17 +8,17 @@ in place or not, leaves the edge right.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from .. import _compat
 from .._graph import reached
+from .._probe import UNBATCHED
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
 from ..rules import (
@@ -39,6 +39,7 @@ from ..rules import (
 )
 from .course import Course, contents, form, wrapped
 from .layout import FIRST, Layout
+from .trace import Placement, Refused, Trace, Use, edge_of, label
 
 EXPANDS = {
     torch.Tensor.expand,
@@ -57,67 +58,14 @@ ROUTES = frozenset(
         *("index_select", "gather", "take", "take_along_dim", "masked_select", "sort", "argsort", "topk", "nonzero", "argwhere"),
         *("index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
         *("index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter_"),
-        *("repeat_interleave", "tensor_split", "unique", "unique_consecutive", "_pack_padded_sequence", "_pad_packed_sequence"),
+        *("repeat_interleave", "tensor_split", "unique", "unique_consecutive", "numpy", "__array__"),
     )
     if hasattr(owner, name)
 )
 """Operations by which data decide where samples go: a layout measured for some data is none for others."""
+LONGEST = 4096
+"""Steps of packed sequences whose lengths are remembered."""
 _PICKS = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
-
-
-@dataclass(slots=True, eq=False)
-class Use:
-    """One recorded use: the edge whose cotangent is wanted, and the part that turns it into a block."""
-
-    func: Any
-    part: Part
-    slot: int
-    """Which of the trace's edges."""
-    shape: tuple[int, ...]
-    """Of the edge's tensor as the block will see it, with mapped dimensions in front."""
-    order: tuple[int, ...] | None = None
-    """Under vmap: the permutation that brings the mapped dimensions of the edge's tensor to the front."""
-    merged: bool = False
-    """Under vmap: the batch dimension that the operation saw is merged with the mapped one."""
-    layout: Layout | None = None
-    """Where the samples are, if that is known: under our own vmap."""
-    saved: tuple[tuple[Tensor, int], ...] = ()
-    """Tensors that the block will read, with their versions when they were recorded."""
-
-    @property
-    def operation(self) -> str:
-        return label(self.func)
-
-
-@dataclass(slots=True)
-class Trace:
-    """What one run of f recorded."""
-
-    uses: list[Use] = field(default_factory=list)
-    edges: list[GradientEdge] = field(default_factory=list)
-    stops: dict[Any, list[Any]] = field(default_factory=dict)
-    """Graph node of a recorded edge -> nodes of its data inputs, from which the completeness walk goes on."""
-    course: list[Hashable] = field(default_factory=list)
-    nested: bool = False
-    """f called torch.autograd.grad itself."""
-    routed: bool = False
-    """Where samples go depends on data: layouts hold for this call only."""
-    refused: str = ""
-    expanded: list[str] = field(default_factory=list)
-    dtypes: set[torch.dtype] = field(default_factory=set)
-    """Of the tensors that depend on the samples: the coarsest sets how well two reverse passes can agree."""
-
-
-class Refused(Exception):
-    """This run cannot be captured; the text says why. `nested`: since f differentiates inside."""
-
-    def __init__(self, why: str, *, nested: bool = False) -> None:
-        super().__init__(why)
-        self.nested = nested
-
-
-class Unplaced(Refused):
-    """The cotangents of a use belong to no one sample, in no layout that its sizes allow."""
 
 
 class Recorder(TorchFunctionMode):
@@ -165,9 +113,21 @@ class Recorder(TorchFunctionMode):
                 self.trace.nested = True
         if depends:
             self._mark(out, func, args)
-            if func in ROUTES or (func in _PICKS and _by_data(args[1])):
+            if func in UNBATCHED:
+                self.trace.one_by_one = True
+                if self.expand_unknown:
+                    raise Refused(f"torch's derivative of {label(func)} under vmap is wrong")
+            if func is _compat.PACK:
+                self._note_lengths(out)
+            elif func in ROUTES or (func in _PICKS and _by_data(args[1])):
                 self.trace.routed = True
         return out
+
+    def _note_lengths(self, packed: Any) -> None:
+        """Where packing put the samples: layouts hold wherever the lengths were the same."""
+        lengths = tuple(packed[1].tolist())
+        self.trace.routed |= len(lengths) > LONGEST
+        self.course.entries.append(lengths)
 
     def _scan(self, func: Any, args: Any, kwargs: Any) -> tuple[bool, list[Tensor]]:
         """Whether any tensor depends on the samples, and the tensors that lead to wanted parameters and do not.
@@ -239,14 +199,14 @@ class Recorder(TorchFunctionMode):
             transforms = {_compat.transform_of(t) for t in tensors}
             if "other" in transforms or ("vmap" in transforms and not _compat.PRIVATE):
                 raise Refused(f"{label(func)} runs inside a torch.func transform within f")
-        if any([t.is_complex() for t in (tensors if func in RULES else parameters)]):
+        if any(t.is_complex() for t in (tensors if func in RULES else parameters)):
             raise Refused(f"{label(func)} is complex arithmetic, for which there are no factors")
         expandable = self.expand_unknown or "vmap" in transforms  # (along our own vmap, or what the user's own maps over)
         if func in RULES:
             try:
                 return self._by_rule(func, args, kwargs, parameters)
             except NoRule as declined:
-                if not expandable:
+                if not (expandable and declined.expandable):
                     raise Refused(f"{label(func)}: {declined}") from None
                 return self._by_expansion(func, args, kwargs, parameters)
         if func in ELEMENTWISE and not expandable:
@@ -257,7 +217,7 @@ class Recorder(TorchFunctionMode):
                 with self:
                     return COMPOSITES[func](Run(self.depends, self.attached or "vmap" in transforms), *args, **kwargs)
             except NoRule as declined:
-                if not expandable:
+                if not (expandable and declined.expandable):
                     raise Refused(f"{label(func)}: {declined}") from None
                 return self._by_expansion(func, args, kwargs, parameters)
         body = _compat.body_of(func) if isinstance(func, FunctionType) else None
@@ -288,7 +248,7 @@ class Recorder(TorchFunctionMode):
         place = Placement(raw.shape)
         if raw is not out:
             assert order is not None
-            levels, merges = raw.ndim - out.ndim, any([part.batched for part in parts])
+            levels, merges = raw.ndim - out.ndim, any(part.batched for part in parts)
             if merges and levels > 1:
                 raise NoRule("a batch within several vmaps")
             place = Placement(torch.Size([raw.shape[d] for d in order]), order, levels, merges)
@@ -305,7 +265,7 @@ class Recorder(TorchFunctionMode):
         return with_data(part, lambda t: self._physical(t, place, rank))
 
     def _physical(self, t: Tensor, place: Placement, rank: int = 0) -> Tensor:
-        """The tensor beneath vmap with the mapped dimensions of the operation's output in front, of at least `rank` dimensions behind them."""
+        """The tensor beneath vmap with the mapped dimensions of the output in front, of at least `rank` dimensions behind them."""
         raw, order = _compat.unwrapped(t)
         mapped = place.whole[: place.levels]
         if raw is t:
@@ -365,7 +325,21 @@ class Recorder(TorchFunctionMode):
         new_args, new_kwargs = rebuild(
             (args, kwargs), iter([swapped[id(t)] if id(t) in mine else t for t in tensors_in((*args, *kwargs.values()))])
         )
-        return func(*new_args, **new_kwargs)
+        if wrap is None:
+            return func(*new_args, **new_kwargs)
+        try:
+            out = func(*new_args, **new_kwargs)
+        except Exception as error:  # it ran with the parameter itself: what fails is the expansion
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise Refused(f"{label(func)} cannot be run with its parameter expanded ({first})") from error
+        found = [_compat.unwrapped(t)[0] for t in tensors_in((out,)) if t.is_floating_point()]
+        seen = any(t.requires_grad for t in found)
+        if seen and isinstance(func, FunctionType):  # (Python code may ask whether its arguments require grad: under vmap none does)
+            nodes = {str(key): _compat.unwrapped(wide)[0] for key, wide in swapped.items()}
+            seen = any(reached(t, nodes) for t in found)
+        if found and not seen:
+            raise Refused(f"{label(func)} loses the derivative of its parameter when that is expanded")
+        return out
 
     def _record_expanded(self, func: Any, p: Tensor, wide: Tensor) -> Tensor:
         edge = get_gradient_edge(wide)
@@ -396,20 +370,6 @@ class Recorder(TorchFunctionMode):
         trace.uses.append(Use(func, part, len(trace.edges) - 1, shape, order, place.merged, layout, saved))
 
 
-@dataclass(slots=True, eq=False)
-class Placement:
-    """How an operation's output lies beneath vmap: its shape with the mapped dimensions in front, and how it gets there."""
-
-    whole: torch.Size
-    order: tuple[int, ...] | None = None
-    levels: int = 0
-    merged: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.whole[0] * self.whole[1], *self.whole[2:]) if self.merged else self.whole
-
-
 def _by_data(index: Any) -> bool:
     """Whether an index picks entries by a tensor or a list, not by numbers and slices alone."""
     return any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,)))
@@ -426,23 +386,8 @@ def broadcast(shapes: list[torch.Size]) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def edge_of(t: Tensor) -> GradientEdge:
-    """The gradient edge of an operation's output; one of a Python function needs the care that torch's own call takes."""
-    node = t.grad_fn
-    if node is None or isinstance(node, torch.autograd.function.BackwardCFunction):
-        return get_gradient_edge(t)
-    return GradientEdge(node, t.output_nr)
-
-
 @functools.cache
 def writes(func: Any) -> bool:
     """Whether a function's name says that it writes to its first argument."""
     name = getattr(func, "__name__", "")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-
-
-@functools.cache
-def label(func: Any) -> str:
-    """A function's name as a user would write it."""
-    name = resolve_name(func) or getattr(func, "__name__", str(func))
-    return str(name).replace("torch.nn.functional.", "F.").removeprefix("torch.").replace("Tensor.__get__", "attribute")

@@ -21,14 +21,14 @@ def single(values: Tensor, edges: Sequence[Any], *, create_graph: bool) -> Seque
     return reverse(values, torch.ones_like(values), edges, create_graph=create_graph)
 
 
-def cotangents(values: Tensor, edges: Sequence[Any], *, create_graph: bool) -> list[Tensor | None]:
+def cotangents(values: Tensor, edges: Sequence[Any], *, create_graph: bool, one_by_one: bool = False) -> list[Tensor | None]:
     """d (sum over samples of output c) / d edge for each c: (C, *edge shape), None where nothing flows."""
     n, outputs = values.shape[0], values.shape[1:].numel()
     if not values.requires_grad or not edges or not n or not outputs:
         return [None] * len(edges)
     flat = values.reshape(n, outputs)
-    if create_graph:  # (vmap over a backward that is differentiated again is not right for every operation)
-        return _stacked([_pass(flat, edges, c, create_graph=True) for c in range(outputs)])
+    if create_graph or one_by_one:  # (vmap over a backward that is differentiated again is not right for every operation)
+        return _stacked([_pass(flat, edges, c, create_graph=create_graph) for c in range(outputs)])
     done: list[list[Tensor | None]] = []
     for start in range(0, outputs, SEEDS_AT_ONCE):
         count = min(SEEDS_AT_ONCE, outputs - start)

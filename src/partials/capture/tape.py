@@ -25,7 +25,8 @@ from .._typing import Tensor
 from ..methods._composite import TABLE as WRITTEN_OUT
 from ..rules import RULES, GatherPart, NoRule, OuterPart, SumPart
 from ..rules.elementwise import ENTRY_BY_ENTRY
-from .recorder import Placement, Recorder, Refused, broadcast, label
+from .recorder import Recorder, broadcast
+from .trace import Placement, Refused, label
 
 _FLIPPED = {"oi": "io", "io": "oi"}
 

@@ -16,7 +16,7 @@ from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from .describe import described, held
 from .engine import Run, native, parameters, solve, taped, vmapped
-from .recorder import Refused, Unplaced
+from .trace import Refused, Unplaced
 from .walk import Hidden, demand_complete
 
 RUNNERS = {"native": native, "taped": taped, "vmapped": vmapped}

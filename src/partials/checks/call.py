@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .._errors import PartialsError
-from .._graph import hides_uses
+from .._graph import hides_uses, strided
 from .._output import check_output
 from .._problem import Problem
 from .._signature import usable
@@ -44,7 +44,7 @@ class Call:
         if hides_uses(self.out):
             return self._pull_whole(u, wanted)
         places: Any = list(wanted)
-        return list(torch.autograd.grad(self.out, places, u, retain_graph=True, allow_unused=True))
+        return [strided(g) for g in torch.autograd.grad(self.out, places, u, retain_graph=True, allow_unused=True)]
 
     def _pull_whole(self, u: Tensor, wanted: Sequence[Readable]) -> list[Tensor | None]:
         """By a whole `.backward()`, where reentrant checkpointing allows no other: gradients of leaves only."""

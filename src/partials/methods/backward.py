@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .._graph import strided
 from .._plan import Verdict
 from .._probe import Facts
 from .._problem import Problem
@@ -35,8 +36,7 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
         for c in range(facts.outputs if flat.requires_grad else 0):
             flat[n, c].backward(retain_graph=True, inputs=inputs)
             for target in problem.targets:
-                gradient = tensors[target.name].grad
-                gradient = gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+                gradient = strided(tensors[target.name].grad)
                 stays_apart(problem, target, gradient, n)
                 rows.put(target, n, c, own_part(problem, target, gradient, n))
                 tensors[target.name].grad = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .._graph import strided
 from .._output import check_output
 from .._plan import Cost, Verdict
 from .._probe import Facts
@@ -51,7 +52,7 @@ def gradients(output: Tensor, tensors: dict[str, Tensor], *, create_graph: bool)
     if not output.requires_grad:
         return [None] * len(tensors)
     found = torch.autograd.grad(output, list(tensors.values()), retain_graph=True, create_graph=create_graph, allow_unused=True)
-    return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+    return [strided(gradient) for gradient in found]
 
 
 METHOD = Method("loop", "a batch of one at a time, one reverse pass for each output", verdict, run)

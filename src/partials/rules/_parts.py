@@ -137,4 +137,8 @@ def data_of(kind: type) -> tuple[str, ...]:
 
 
 class NoRule(Exception):
-    """A rule declines: these arguments are not of the form that it knows."""
+    """A rule declines: these arguments are not of the form that it knows. Where they must not be expanded either, it says so."""
+
+    def __init__(self, reason: str, *, expandable: bool = True) -> None:
+        super().__init__(reason)
+        self.expandable = expandable

@@ -70,7 +70,8 @@ def multi_dot(run: Run, *tensors: Any) -> Tensor:
 def linear_cross_entropy(run: Run, input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     """All logits at once: chunks save memory within one call, by a fused derivative that shows no use."""
     if options.get("options") is not None and options.get("reduction", "mean") == "mean":
-        raise NoRule("a fused mean, which differs from a plain one where every target is ignored")
+        why = "a fused mean, whose derivative is not a plain mean's where all targets are ignored, and which asks what requires grad"
+        raise NoRule(why, expandable=False)
     return _compat.body_of(F.linear_cross_entropy)(input, linear_weight, target, **{**options, "options": None})
 
 
@@ -116,7 +117,7 @@ def _product(run: Run, a: _Labelled, b: _Labelled, keep: set[Hashable]) -> _Labe
     left, right = [n for n in a.labels if n not in both], [n for n in b.labels if n not in both]
     if not summed:
         wide = a.arranged([*left, *batch])
-        return _Labelled(wide.reshape(*wide.shape, *(1,) * len(right)) * b.arranged([*batch, *right]), (*left, *batch, *right))
+        return _Labelled(wide.reshape((*wide.shape, *(1,) * len(right))) * b.arranged([*batch, *right]), (*left, *batch, *right))
     w = b.arranged([*batch, *summed, *right])
     shape = w.shape
     w = _folded(_folded(w, len(batch) + len(summed), len(right)), len(batch), len(summed))
@@ -127,7 +128,7 @@ def _product(run: Run, a: _Labelled, b: _Labelled, keep: set[Hashable]) -> _Labe
         x = a.arranged([*batch, *left, *summed])
         lead = x.shape[: len(batch) + len(left)]
         z = _folded(_folded(x, len(batch) + len(left), len(summed)), len(batch), len(left)) @ w
-    return _Labelled(z.reshape(*lead, *shape[len(batch) + len(summed) :]), (*batch, *left, *right))
+    return _Labelled(z.reshape((*lead, *shape[len(batch) + len(summed) :])), (*batch, *left, *right))
 
 
 def _folded(t: Tensor, start: int, count: int) -> Tensor:

@@ -115,6 +115,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
                 return loss
             put_back(tensors, before)
             self._rejected()
+            J = _computed(closure)  # the factors of the last one may read parameters, which have been written to
         self._next = (J, _versions(tensors)) if residual is None else None
         return loss
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import partials as pt
 from partials.capture import trial
-from partials.capture.recorder import Refused
+from partials.capture.trace import Refused
 
 EXACT = 1e-11
 N = 4
@@ -112,6 +112,12 @@ def test_packed(kind, lengths, layers, bidirectional, batch_first, sort):
     lengths = torch.tensor(lengths if sort else sorted(lengths, reverse=True))
     layer = KINDS[kind](3, 4, layers, bidirectional=bidirectional, batch_first=batch_first)
     agrees(Packed(layer, sort), torch.randint(9, (len(lengths), 4)), lengths, check="always" if len(lengths) > 1 else "never")
+
+
+def test_a_layout_of_equal_lengths_does_not_serve_others():
+    net, index = Packed(nn.GRU(3, 4), False), torch.randint(9, (3, 4))
+    for lengths in ([2, 2, 2], [3, 2, 1], [4, 1, 1], [2, 2, 2], [4, 3, 2]):
+        agrees(net, index, torch.tensor(lengths))
 
 
 @pytest.mark.parametrize("bias", [True, False])
