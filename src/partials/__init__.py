@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ._input_jacobian import InputJacobian
     from ._jacobian import Jacobian, concat
     from ._plan import Plan
+    from ._stream import stream
     from ._tape import tape
     from .checks.report import Report
     from .rules import rule
@@ -61,6 +62,7 @@ _HOMES = {
     "open": ".store",
     "partial": ".taylor",
     "rule": ".rules",
+    "stream": "._stream",
     "tape": "._tape",
 }
 """Where each public name lives: modules are loaded on first use, so that the command line's --help needs no torch."""
@@ -99,6 +101,7 @@ __all__ = [
     "open",
     "partial",
     "rule",
+    "stream",
     "tape",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations
 
 import torch
@@ -22,17 +22,17 @@ def squared_norms(blocks: tuple[Block, ...]) -> Tensor:
 
 
 def all_squared_norms(blocks: Blocks) -> Tensor:
-    return sum_of([squared_norms(group) for group in blocks.values()])
+    return sum_of(squared_norms(group) for group in blocks.values())
 
 
 def pairs(function: Callable[[Block, Block], Tensor], left: Blocks, right: Blocks) -> Tensor:
     """The sum of `function` over all pairs of blocks that belong to one parameter: Gram matrices and inner products."""
-    return sum_of([function(a, b) for name in left for a in left[name] for b in right[name]])
+    return sum_of(function(a, b) for name in left for a in left[name] for b in right[name])
 
 
 def matmul(blocks: Blocks, v: Mapping[str, Tensor]) -> Tensor:
     """J v: {name: (*shape, k)} -> (N, C, k)."""
-    return sum_of([block.matmul(v[name]) for name, group in blocks.items() for block in group])
+    return sum_of(block.matmul(v[name]) for name, group in blocks.items() for block in group)
 
 
 def rmatmul(blocks: Blocks, u: Tensor) -> dict[str, Tensor]:
@@ -80,8 +80,13 @@ def other_norms(blocks: Blocks, order: float) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(each), order, 0) if each else flat[0].sum(-1)
 
 
-def sum_of(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of the parts, each let go once it is added."""
+    rest = iter(parts)
+    total, own = next(rest), False
+    for part in rest:
+        if own and not total.requires_grad and not part.requires_grad and total.dtype == part.dtype:
+            total.add_(part)
+        else:
+            total, own = total + part, True
     return total

@@ -6,14 +6,24 @@ Without the private names a capture sees only plain tensors: what runs under a v
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ._typing import Tensor
+
+if TYPE_CHECKING:
+    from torch.utils._python_dispatch import TorchDispatchMode
+else:
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError:  # pragma: no cover - a torch that moved it
+        TorchDispatchMode = object
 
 try:
     from torch._C import _functorch as _private
@@ -165,6 +175,65 @@ def own_memory(z: Tensor) -> tuple[Tensor, Tensor]:
         return fresh, fresh
     below, bottom = own_memory(_private.get_unwrapped(z))
     return _private._add_batch_dim(below, _private.maybe_get_bdim(z), _private.maybe_get_level(z)), bottom
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and are still held: `peak` is the most at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.held: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+        if made:
+            given = {t.untyped_storage()._cdata for t in _flat((*args, *(kwargs or {}).values())) if isinstance(t, Tensor)}
+            for t in made:
+                self._hold(t, given)
+        return out
+
+    def _hold(self, t: Tensor, given: set[int]) -> None:
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.held or key in given:
+            return  # known, or a view of what was there before
+        self.held[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.held.pop(key, None)
+        self.now -= size
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+class WrittenBytes(TorchFunctionMode):
+    """The public stand-in: all that the torch functions inside wrote, three times over for the reverse passes; nothing is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor) and not transform_of(t):
+                self.peak += 3 * t.nbytes
+        return out
+
+
+def meter() -> LiveBytes | WrittenBytes:
+    """A context that measures the bytes which the torch operations inside hold at once."""
+    return LiveBytes() if PRIVATE and TorchDispatchMode is not object else WrittenBytes()
 
 
 def watched() -> bool:

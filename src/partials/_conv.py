@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from ._blocks import ROOM, Block
+from . import _room
+from ._blocks import Block
 from ._factors import Outer
 from ._gather import each, widest
 from ._typing import Shape, Tensor
@@ -190,11 +191,11 @@ class Conv(Block):
         return replace(self, a=self.a[samples], g=self.g[samples])
 
     def _step(self) -> int:
-        """Samples whose patches fit in `ROOM` bytes."""
+        """Samples whose patches fit in the room for rows."""
         n, c, frames = self.g.shape[:3]
         positions = c * self.a.shape[3:].numel() if self.transposed else self.g.shape[4:].numel()
         each = frames * positions * torch.Size(self.shape[1:]).numel() * self.groups * self.a.element_size()
-        return max(1, min(max(n, 1), ROOM // max(each, 1)))
+        return max(1, min(max(n, 1), _room.rows() // max(each, 1)))
 
     def _by_outer(self, function: Callable[..., Tensor], *others: Conv) -> Tensor:
         step, n = self._step(), len(self.g)

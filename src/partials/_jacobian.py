@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from . import _algebra
+from . import _algebra, _pieces
 from ._blocks import Dense, size_of
 from ._errors import InputError, MemoryBudgetError, listed
 from ._input_jacobian import InputJacobian
+from ._pieces import added, joined
 from ._plan import human_bytes
 from ._rows import AbstractJacobian, Origin, Transposed
 from ._sketch import sketch
@@ -52,6 +53,7 @@ class Jacobian(AbstractJacobian):
         """The dense rows by name, inputs first: {name: (N, *out, *shape)}."""
         return {**({} if self.inputs is None else self.inputs.dict()), **super().dict()}
 
+    @joined()
     def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
         """J v: (P,), (P, k) or tensors by name -> (N, *out) or (N, *out, k)."""
         parts, columns = self.columns.vector(v)
@@ -66,6 +68,7 @@ class Jacobian(AbstractJacobian):
 
     H = T
 
+    @added("u")
     def _rmatmul(self, u: Tensor) -> Tensor:
         columns = u.ndim == len(self._lead) + 1
         self._expect("u", u.shape[:-1] if columns else u.shape, self._lead)
@@ -77,10 +80,14 @@ class Jacobian(AbstractJacobian):
         """J K^T, the (empirical tangent) kernel of all rows with all rows: (N, *out, M, *out). `other` has the same parameters."""
         right = self if other is None else other
         _same_columns([self, right])
+        if self.pieces is not None or right.pieces is not None:
+            return _pieces.gram(self, right)
+        self._demand((*self._lead, *right._lead), self.dtype)
         with self._reading(), right._reading():
             found = _algebra.pairs(lambda a, b: a.gram(b), self.blocks, right.blocks)
             return found.reshape((*self._lead, *right._lead))
 
+    @added("weights", outputs=True)
     def sum(self, weights: Tensor | None = None) -> Tensor:
         """sum_n w[n] J[n], weights (N,), all ones by default: (*out, P)."""
         w = self._ones() if weights is None else weights.to(self.values)
@@ -95,6 +102,8 @@ class Jacobian(AbstractJacobian):
     def variance(self, correction: int = 1) -> Tensor:
         """The variance of every entry over samples, divided by N - correction: (*out, P)."""
         n = len(self)
+        if self.pieces is not None:
+            return _pieces.variance(self, correction)
         with self._reading():
             shift = self.columns.split(self.mean().reshape(-1, self.columns.width), 1)
             squares = {
@@ -103,12 +112,14 @@ class Jacobian(AbstractJacobian):
             }
             return self.columns.join(squares, 1).reshape(*self.out, self.columns.width) / max(n - correction, 0)
 
+    @added("H", together="H")
     def diagonal(self, H: Tensor | None = None) -> Tensor:
         """diag(J^T H J), H (N, C, C) over flattened outputs, the identity by default: (P,). The GGN's or Fisher's diagonal."""
         with self._reading():
             left = self.blocks if H is None else _algebra.mixed(self.blocks, self._matrices(H))
             return self.columns.join(_algebra.products(left, self.blocks, self._ones()), 1).sum(0)
 
+    @added("H", together="H")
     def normal(self, H: Tensor | None = None) -> Tensor:
         """J^T H J dense, (P, P), for small P only: MemoryBudgetError above 4 GiB."""
         width = self.columns.width
@@ -162,6 +173,15 @@ class Jacobian(AbstractJacobian):
                 got=f"max_norm={max_norm!r}, per={per!r}",
                 expected='a positive max_norm, per="all" or "parameter"',
             )
+        if self.pieces is not None:
+            clipped, by_name = _pieces.clipped_sum(self, max_norm, per)
+        else:
+            clipped, by_name = self._clipped(max_norm, per)
+        if not return_norms:
+            return clipped
+        return clipped, (next(iter(by_name.values())) if per == "all" else by_name)
+
+    def _clipped(self, max_norm: float, per: str) -> tuple[Tensor, ByName]:
         with self._reading():
             squares = {name: _algebra.squared_norms(group) for name, group in self.blocks.items()}
             if per == "all":
@@ -183,11 +203,9 @@ class Jacobian(AbstractJacobian):
                 for name, group in self.blocks.items()
             }
             clipped = self.columns.join(parts, 0).squeeze(-1)
-        if not return_norms:
-            return clipped
-        by_name = {name: norm.squeeze(1) for name, norm in norms.items()}
-        return clipped, (next(iter(by_name.values())) if per == "all" else by_name)
+        return clipped, {name: norm.squeeze(1) for name, norm in norms.items()}
 
+    @joined()
     def sketch(self, k: int, kind: str = "gaussian", seed: int = 0) -> Tensor:
         """J S, every row projected to k numbers: (N, *out, k), float32 or wider. Inner products are kept on average, E<Sx, Sy> = <x, y>.
 
@@ -277,16 +295,10 @@ def concat(jacobians: Sequence[Jacobian], weights: Sequence[float] | None = None
     factors = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
     if len(factors) != len(parts):
         raise InputError("weights do not fit the Jacobians", got=f"{len(factors)} weights", expected=f"{len(parts)}, one for each Jacobian")
-    stacked = {}
-    for name in parts[0].names:
-        groups = [
-            tuple(block if w == 1 else block.scaled(J.values.new_full(J._flat, w)) for block in J.blocks[name])
-            for J, w in zip(parts, factors, strict=True)
-        ]
-        stacked[name] = (Stack(tuple(groups)),)
     values = torch.cat([J.values * w if w != 1 else J.values for J, w in zip(parts, factors, strict=True)])
     sources = tuple(source for J in parts for source in J.origin.sources)
-    return replace(parts[0], values=values, blocks=stacked, aux=None, inputs=None, origin=Origin(sources=sources))
+    pieces = Stack(tuple((replace(J, inputs=None), w) for J, w in zip(parts, factors, strict=True)))
+    return replace(parts[0], values=values, blocks={}, aux=None, inputs=None, origin=Origin(sources=sources), pieces=pieces)
 
 
 def _same_columns(jacobians: Sequence[Jacobian]) -> None:

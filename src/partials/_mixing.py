@@ -20,8 +20,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ._errors import MixingError, listed
+from ._part import part
 from ._problem import Problem
-from ._reference import part
 from ._signature import tensors_in
 from ._state import rng_kept
 from ._typing import Tensor

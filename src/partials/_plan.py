@@ -9,6 +9,12 @@ from typing import Any
 from ._errors import InputError, MemoryBudgetError, MethodError, near
 
 Number = int | float
+LARGE = 2**28
+"""Bytes from which on it is asked whether something fits, where no budget was given."""
+
+
+class TooLarge(MemoryBudgetError):
+    """What was about to be held whole takes too much of what is free: it is computed in pieces instead."""
 
 
 @dataclass(frozen=True)

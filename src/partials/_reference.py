@@ -12,10 +12,11 @@ from torch import nn
 
 from . import _algebra
 from ._errors import PartialsError
+from ._part import part, with_leaves
 from ._probe import Facts, look
 from ._problem import Problem
 from ._run import compute
-from ._signature import rebuild, walk
+from ._signature import walk
 from ._substitute import call_with, structural_copy
 from ._targets import Target
 from ._typing import Tensor
@@ -125,18 +126,6 @@ def _affordable(problem: Problem, facts: Facts) -> Tensor | None:
     return torch.linspace(0, problem.size - 1, count, device=device).round().long()
 
 
-# --- problems like a given one ---------------------------------------------------------------------------------------
-
-
-def part(problem: Problem, samples: Tensor) -> Problem:
-    """The same problem for the chosen samples (int64) only."""
-
-    def cut(tensor: Tensor, dim: int | None) -> Tensor:
-        return tensor if dim is None else tensor.detach().index_select(dim, samples).requires_grad_(tensor.requires_grad)
-
-    return _with_leaves(replace(problem, size=len(samples)), [cut(leaf.tensor, leaf.dim) for leaf in problem.leaves])
-
-
 def doubled(problem: Problem) -> Problem:
     """The same problem in float64: inputs cast, and in the place of a module a copy of its structure with float64 tensors."""
     casts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -164,22 +153,8 @@ def doubled(problem: Problem) -> Problem:
         def f(*args: Any, **kwargs: Any) -> Any:
             return call_with(problem.function, pairs, args, kwargs, attached=True)
 
-    return _with_leaves(replace(problem, function=f, module=module, targets=targets), leaves)
+    return with_leaves(replace(problem, function=f, module=module, targets=targets), leaves)
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if isinstance(value, Tensor | tuple | list | dict)}
-
-
-def _with_leaves(problem: Problem, tensors: list[Tensor]) -> Problem:
-    """The problem with other tensors among its arguments, in the order of its leaves."""
-    args, kwargs, wanted = rebuild((problem.args, problem.kwargs, problem.loss_target), iter(tensors))
-    by_name = {leaf.name: tensor for leaf, tensor in zip(problem.leaves, tensors, strict=True)}
-    return replace(
-        problem,
-        args=args,
-        kwargs=kwargs,
-        loss_target=wanted,
-        leaves=tuple(replace(leaf, tensor=by_name[leaf.name]) for leaf in problem.leaves),
-        targets=tuple(t if t.leaf is None else Target.of(t.name, by_name[t.leaf], t.kind, t.leaf) for t in problem.targets),
-    )

@@ -16,8 +16,9 @@ from ._compat import has_hooks, is_compiled
 from ._errors import MethodError, PartialsError, listed
 from ._input_jacobian import InputJacobian
 from ._jacobian import Jacobian
+from ._machine import out_of_memory, share
 from ._output import detached
-from ._plan import Plan, Verdict, choose, known
+from ._plan import LARGE, Plan, TooLarge, Verdict, choose, human_bytes, known
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import Origin
@@ -73,6 +74,7 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
             (Verdict("capture", refused.get("capture", "not asked for")), *verdicts),
             choose(verdicts, method, problem.budget),
         )
+        _demand_room(problem, made)
         with problem.running(f"computing the Jacobian (method {made.method!r})"):
             try:
                 aux = _whole(problem)
@@ -85,10 +87,21 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
             except PartialsError:
                 raise
             except Exception as error:  # f ran on a plain sample just before: what fails here may be the method's way of running it
-                if method != "auto":
+                if method != "auto" or out_of_memory(error):
                     raise
                 failed = failed or error
                 refused[made.method] = f"f fails there ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+
+
+def _demand_room(problem: Problem, made: Plan) -> None:
+    """TooLarge where the rows would take more than their share of what is free."""
+    needed = made.chosen.cost.bytes if made.chosen.cost is not None else 0
+    if needed > LARGE and needed > (room := share(problem.targets[0].tensor.device)):
+        raise TooLarge(
+            f"the rows do not fit (method {made.method!r})",
+            got=human_bytes(needed),
+            expected=f"at most {human_bytes(room)}, half of what is free",
+        )
 
 
 def _textbook(problem: Problem, facts: Facts, refused: Mapping[str, str] = MappingProxyType({})) -> tuple[Verdict, ...]:

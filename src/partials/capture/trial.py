@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from .._compat import inside_transform
 from .._errors import MethodError, PartialsError
-from .._plan import Cost, Use, Verdict
+from .._machine import share
+from .._plan import LARGE, Cost, TooLarge, Use, Verdict, human_bytes
 from .._probe import Facts, demand_policy, look
 from .._problem import Problem
 from .._state import drawn_since, random_state, restore
@@ -17,6 +19,7 @@ from ..methods._complete import stood_in_for
 from .describe import described, held
 from .engine import Run, native, parameters, solve, taped, vmapped
 from .trace import Refused, Unplaced
+from .trace import Use as Recorded
 from .walk import Hidden, demand_complete
 
 RUNNERS = {"native": native, "taped": taped, "vmapped": vmapped}
@@ -62,7 +65,7 @@ def attempt(problem: Problem) -> Attempt:
             if problem.randomness == "error" and drawn_since(before, device):
                 restore(before, device)
                 demand_policy(problem, look(problem))
-            within_budget(problem, run[2].uses, int(torch.Size(run[0].shape[1:]).numel()))
+            demand_room(problem, run[2].uses, int(torch.Size(run[0].shape[1:]).numel()))
             return Attempt(_solved(problem, run, name), {}, doubtful)
         except Hidden as hidden:
             restore(before, device)
@@ -106,7 +109,6 @@ def preview(problem: Problem, facts: Facts) -> Preview:
             values, _, trace, tensors = runner(problem)
             wanted = parameters(problem, tensors)
             demand_complete(values, wanted, trace, stood_in_for(problem, tensors))
-            within_budget(problem, trace.uses, facts.outputs)
             cost = _cost(problem, facts, sum(held(use) for use in trace.uses))
             return Preview(
                 Verdict("capture", f"{name} run, every use of every parameter in factors", cost),
@@ -129,13 +131,11 @@ def verdict(problem: Problem, facts: Facts, computed: Computed) -> Verdict:
     return Verdict("capture", "every use of every parameter in factors", _cost(problem, facts, held_bytes))
 
 
-def within_budget(problem: Problem, uses: list, outputs: int) -> None:  # type: ignore[type-arg]
-    """Refused where the factors alone would pass the budget."""
-    if problem.budget is None:
-        return
+def demand_room(problem: Problem, uses: Sequence[Recorded], outputs: int) -> None:
+    """TooLarge where the factors would take more than their share of what is free."""
     needed = sum(held(use) for use in uses) * max(1, outputs)
-    if needed > problem.budget:
-        raise Refused(f"the factors need {needed} bytes, more than max_memory={problem.budget}")
+    if needed > LARGE and needed > (room := share(problem.targets[0].tensor.device)):
+        raise TooLarge("the factors do not fit", got=human_bytes(needed), expected=f"at most {human_bytes(room)}, half of what is free")
 
 
 def _cost(problem: Problem, facts: Facts, held_bytes: int) -> Cost:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from .._reference import part
+from .._part import part
 from .._typing import Tensor
 from .agreement import flat_rows
 from .call import Call, call, in_short

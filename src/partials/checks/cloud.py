@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .._part import part
 from .._problem import Problem
-from .._reference import part
 from .._signature import usable
 from .._state import drawn_from
 from .._typing import Tensor

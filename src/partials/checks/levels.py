@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .._errors import InputError, listed, near
+from .._part import part
 from .._problem import Problem
-from .._reference import part
 from .._rows import Origin
 from .._run import compute, wrap
 from .._state import rng_kept

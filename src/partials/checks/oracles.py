@@ -10,9 +10,10 @@ import torch
 
 from .._blocks import Block
 from .._errors import MixingError, PartialsError
+from .._part import part
 from .._probe import Facts, look
 from .._problem import Problem
-from .._reference import Reference, oracle_for, part, reference
+from .._reference import Reference, oracle_for, reference
 from .._run import NAMES, compute
 from .._state import drawn_from
 from .._typing import Tensor

@@ -7,7 +7,7 @@ from math import inf
 import torch
 
 from .._mixing import mixing
-from .._reference import part
+from .._part import part
 from .._typing import Tensor
 from .call import call
 from .cloud import SHAKE, belongs, cloud

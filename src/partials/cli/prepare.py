@@ -11,8 +11,8 @@ from torch import nn
 
 from partials._api import _problem
 from partials._errors import InputError, PartialsError, near
+from partials._part import part
 from partials._problem import Problem
-from partials._reference import part
 from partials._state import rng_kept, untouched
 
 from . import loading

@@ -24,12 +24,13 @@ def with_parameters(
     """A parameter among the arguments (a learned bias on the scores, learned queries) is added to zeros that the samples own."""
     given = [t for t in (query, key, value, attn_mask) if t is not None]
     zero = sum((_corner(t, query.dtype) for t in given[1:]), start=_corner(query, query.dtype))
-    parts = [t if t is None or not t.requires_grad else t + zero for t in (query, key, value, attn_mask)]
+    parts: list[Any] = [t if t is None or not t.requires_grad else t + zero for t in (query, key, value, attn_mask)]
     return attention(*parts, *args, **options)
 
 
 def _corner(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(t[(..., *(slice(1),) * min(t.ndim, 3))], dtype=dtype)
+    index: Any = (..., *(slice(1),) * min(t.ndim, 3))
+    return torch.zeros_like(t[index], dtype=dtype)
 
 
 def merged(
@@ -51,8 +52,8 @@ def merged(
         attn_mask = attn_mask.reshape(len(attn_mask), *(1,) * missing, *attn_mask.shape[1:])
         if query.ndim > 3:
             attn_mask = attn_mask.expand(*lead, -1, -1, -1)
-    q, k, v, m = (None if t is None else _four(t) for t in (query, key, value, attn_mask))
-    out = attention(q, k, v, m, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    mask = None if attn_mask is None else _four(attn_mask)
+    out = attention(_four(query), _four(key), _four(value), mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     return out.unflatten(0, lead) if query.ndim > 3 else out.squeeze(1)
 
 

@@ -42,8 +42,10 @@ def _network(kind: str) -> Callable[..., tuple[Tensor, ...]]:
             raise NoRule("called with keyword arguments")
         _plain_precision()
         if isinstance(args[3], list | tuple):  # data, batch sizes, state, weights, ...
-            return _stack(kind, *args, False, run.differentiable)
-        return _stack(kind, args[0], None, *args[1:], run.differentiable)
+            given: tuple[Any, ...] = (*args, False)
+        else:
+            given = (args[0], None, *args[1:])
+        return _stack(kind, *given, differentiable=run.differentiable)
 
     return network
 
@@ -95,14 +97,15 @@ def _direction(
     reverse: bool,
     differentiable: bool,
 ) -> tuple[Tensor, States]:
-    w_input, w_hidden, b_input, b_hidden = (*weights[:2], *(weights[2:4] if biases else (None, None)))
+    w_input, w_hidden = weights[:2]
+    b_input, b_hidden = weights[2:4] if biases else (None, None)
     projection = weights[-1] if len(weights) in (3, 5) else None
     h, c = (*first, None)[:2]
     pre = F.linear(x, w_input, b_input)
     if differentiable:
-        return _unrolled(kind, pre, first, (w_hidden, b_hidden, projection), sizes, reverse)
-    cut = (None if t is None else t.detach() for t in (w_hidden, b_hidden, projection))
-    layer = Layer(kind, *cut, sizes, reverse)
+        return _unrolled(kind, pre, first, w_hidden, (b_hidden, projection), sizes, reverse)
+    bias, projected_by = (None if t is None else t.detach() for t in (b_hidden, projection))
+    layer = Layer(kind, w_hidden.detach(), bias, projected_by, sizes, reverse)
     shape = x.shape[:-1]
     walked = walk(layer, pre.flatten(0, -2), h, c)
     product = recurrent_product(walked.before.unflatten(0, shape), w_hidden, b_hidden)
@@ -112,10 +115,10 @@ def _direction(
 
 
 def _unrolled(
-    kind: str, pre: Tensor, state: States, weights: tuple[Tensor | None, ...], sizes: tuple[int, ...], reverse: bool
+    kind: str, pre: Tensor, state: States, w_hidden: Tensor, others: tuple[Tensor | None, ...], sizes: tuple[int, ...], reverse: bool
 ) -> tuple[Tensor, States]:
     """The same as a plain loop over time."""
-    w_hidden, b_hidden, projection = weights
+    b_hidden, projection = others
     rows = pre.unbind(0) if pre.ndim == 3 else pre.split(sizes)
     outs: list[Tensor] = [pre] * len(rows)
     for t in range(len(rows))[:: -1 if reverse else 1]:

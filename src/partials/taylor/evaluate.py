@@ -103,9 +103,7 @@ class _Evaluation:
                     torch.set_rng_state(before)
                 self.known.refused = f"no rule for {missing}"
                 if method == "taylor":
-                    raise MethodError(
-                        "the function cannot run in Taylor mode", got=f"no rule for {missing}", hint='method="auto" or "nested"'
-                    ) from None
+                    raise _unable(self.known.refused) from None
                 plan = self.plan(method)
             drawn = before is not None and not torch.equal(before, torch.get_rng_state())
         if made is None:
@@ -129,6 +127,8 @@ class _Evaluation:
             refusal = "a torch.func transform is running around this call"
         elif inside_jets():
             raise NoRule("derivatives inside a function that is differentiated itself")
+        if refusal and method == "taylor":
+            raise _unable(refusal)
         if not refusal and method == "auto" and watched():
             method = "taylor"  # linear layers pass through the mode around us as uses that it can record
         return planned(self.terms, self.known.width, training, refusal, method)
@@ -196,23 +196,15 @@ class _Evaluation:
             )
 
 
+def _unable(refusal: str) -> MethodError:
+    return MethodError("the function cannot run in Taylor mode", got=refusal, hint='method="auto" or "nested"')
+
+
 def _bends(call: Call) -> set[str]:
     """The functions of straight pieces that a call runs through."""
     with Bends() as seen:
-        rehearse(_Seen(call, seen), {})  # type: ignore[arg-type]
+        rehearse(call, {}, watched=True)
     return seen.names
-
-
-class _Seen:
-    """A call that runs under a mode, wherever it is run."""
-
-    def __init__(self, call: Call, mode: Bends) -> None:
-        self.inner, self.mode = call, mode
-        self.function, self.tensors = call.function, call.tensors
-
-    def __call__(self, replaced: Mapping[str, Tensor]) -> Any:
-        with self.mode:
-            return self.inner(replaced)
 
 
 def _require_policy(method: str, check: str) -> None:

@@ -89,7 +89,7 @@ class Jet:
         return value if self._shift is None else value + self._shift.detach()
 
     def shifted(self, constant: Any) -> Jet | None:
-        """This jet plus a constant that changes neither its shape nor its dtype, without a pass over the stack; None where that needs one."""
+        """This jet plus a constant that changes neither its shape nor its dtype, without a pass over memory; None where that needs one."""
         if self._base is None or not isinstance(constant, torch.Tensor) or has_torch_function((constant,)):
             return None
         ours = self.shape

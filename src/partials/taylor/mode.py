@@ -46,12 +46,12 @@ class JetMode(TorchFunctionMode):
 
     def __enter__(self) -> JetMode:
         _RUNNING.depth = getattr(_RUNNING, "depth", 0) + 1
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         _RUNNING.depth -= 1
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def expose(self, jet: Jet) -> Tensor:
         """The value as an ordinary tensor that carries the jet."""
@@ -65,9 +65,11 @@ class JetMode(TorchFunctionMode):
     def jet_of(self, value: Any) -> Jet | None:
         """The jet that a tensor carries; None for a constant."""
         token, jet = getattr(value, _MARK, (None, None))
-        if token is self.token:
-            return jet  # type: ignore[no-any-return]
         with self._unseen():
+            if token is self.token:
+                if value.grad_fn is not None:  # a custom autograd.Function ran the rules in its forward and has a derivative of its own
+                    raise NoRule(f"{type(value.grad_fn).__name__}, which torch functions do not show")
+                return jet
             if value.requires_grad and value.grad_fn is not None:
                 self._demand_free(value)
         return None
@@ -147,7 +149,7 @@ class JetMode(TorchFunctionMode):
             seen.add(node)
             leaf = getattr(node, "variable", None)
             if leaf is not None and getattr(leaf, _MARK, (None,))[0] is self.token:
-                raise NoRule(f"{type(value.grad_fn).__name__.removesuffix('Backward')}, which torch functions do not show")
+                raise NoRule(f"{type(value.grad_fn).__name__}, which torch functions do not show")
             waiting.extend(following for following, _ in node.next_functions)
         self._free[id(value)] = value
 

@@ -61,7 +61,7 @@ def check_rule(
     True
     """
     name = getattr(operation, "__name__", str(operation))
-    given = {**dict(enumerate(args)), **kwargs}
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     call, single = (_called(operation, given, dims or {}, out_dim, dtype) for dtype in (torch.float64, torch.float32))
     _demand_rule(call, name)
     found = [

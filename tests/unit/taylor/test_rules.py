@@ -50,7 +50,7 @@ RULES: dict[str, Function] = {
         name: getattr(F, name)
         for name in ("softplus", "silu", "gelu", "mish", "elu", "selu", "logsigmoid", "softsign", "tanhshrink", "hardswish")
     },
-    **{name: getattr(F, name) for name in ("relu", "leaky_relu", "hardtanh", "relu6", "hardsigmoid", "softshrink", "hardshrink")},
+    **{name: getattr(F, name) for name in ("relu", "leaky_relu", "hardtanh", "relu6", "softshrink", "hardshrink")},
     "gelu tanh": lambda z: F.gelu(z, approximate="tanh"),
     "softplus beta": lambda z: F.softplus(z, 2.0, 3.0),
     "celu": lambda z: F.celu(z, 2.0),
@@ -90,7 +90,7 @@ RULES: dict[str, Function] = {
     "max": lambda z: z.max(-1, keepdim=True).values * z,
     "sort": lambda z: z.sort(-1).values * z,
     "matmul": lambda z: (z[:, :, None] @ z[:, None, :]).sum(-1),
-    "constant matmul": lambda z: torch.ones(4, 4, dtype=F64).tril() @ z[..., None].squeeze(-1).T.tanh(),
+    "constant matmul": lambda z: (torch.ones(4, 4, dtype=F64).tril() @ z[..., None].tanh()).squeeze(-1),
     "einsum": lambda z: torch.einsum("ni,nj->nj", z, torch.sin(z)),
     "constant einsum": lambda z: torch.einsum("ni,ij->nj", z.sin(), torch.ones(4, 4, dtype=F64).triu()),
     "baddbmm": lambda z: torch.baddbmm(z[:, None], z[:, None], torch.ones(7, 4, 4, dtype=F64), alpha=0.5)[:, 0] ** 2,
@@ -125,12 +125,13 @@ def by_both(f: Function) -> tuple[dict[Term, Tensor], dict[Term, Tensor]]:
 
 def off(left: Tensor, right: Tensor) -> float:
     assert left.shape == right.shape
-    return float((left - right).abs().max() / right.abs().max().clamp(min=1e-30)) if right.any() else float(left.abs().max())
+    left, right = left.detach(), right.detach()
+    return float((left - right).abs().max() / right.abs().max().clamp(min=1e-4))
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_against_nested_reverse_mode(name: str) -> None:
-    ours, right = by_both(lambda x: LAST(RULES[name](FIRST(x) if name != "constant matmul" else FIRST(x)).reshape(7, 4))[:, 0])
+    ours, right = by_both(lambda x: LAST(RULES[name](FIRST(x)).reshape(7, 4))[:, 0])
     for term in TERMS:
         assert off(ours[term], right[term]) < 1e-9, term
     weights = torch.linspace(-1, 1, 7, dtype=F64)
@@ -176,15 +177,9 @@ def test_results_can_be_differentiated_again() -> None:
     """The nodes of a jet have derivatives of derivatives: d/dx of the Laplacian, by hand, is a third derivative."""
     x = X.clone().requires_grad_()
     found = engine.taylor(lambda x: LAST(torch.tanh(FIRST(x)))[:, 0], [x], SLOTS, TERMS)[0]
-    (third,) = torch.autograd.grad(
-        found[Term(((0, 1),), ())].sum() if Term(((0, 1),), ()) in found else found[TERMS[4]].sum(), x, create_graph=True
-    )
+    (third,) = torch.autograd.grad(found[TERMS[4]].sum(), x, create_graph=True)
     expected = nested(lambda x: LAST(torch.tanh(FIRST(x)))[:, 0], [X], SLOTS, (7,), [Term((), (0, 1, 2))])
-    if Term(((0, 1),), ()) in found:
-        expected = nested(lambda x: LAST(torch.tanh(FIRST(x)))[:, 0], [X], SLOTS, (7,), [TERMS[3]])
-        assert off(third[:, 2], expected[TERMS[3]]) < 1e-12
-    else:
-        assert off(third[:, 2], expected[Term((), (0, 1, 2))]) < 1e-12
+    assert off(third[:, 2], expected[Term((), (0, 1, 2))]) < 1e-12
     (fourth,) = torch.autograd.grad(third[:, 2].sum(), x)
     assert fourth.isfinite().all()
 
@@ -204,7 +199,7 @@ class Cube(torch.autograd.Function):
     ("u", "named"),
     [
         (lambda X: Cube.apply(X[..., 0]) + X[..., 1], "CubeBackward"),
-        (lambda X: torch.special.bessel_j0(X[..., 0]) if False else torch.lgamma(X[..., 0] + 3), "lgamma"),
+        (lambda X: torch.lgamma(X[..., 0] + 3), "lgamma"),
         (lambda X: torch.polar(X[..., 0], X[..., 1]).abs() * X[..., 0], "polar"),
     ],
 )

@@ -9,17 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from ..._typing import Tensor
-from ..jets import Jet, NoRule, bilinear, linear, plus, stacked
+from ..jets import Jet, NoRule, bilinear, lengthened, linear, plus, stacked
 from ..table import enter, jet_rule
-from .structure import batchwise, lengthened
+from .structure import batchwise
 
 
 @jet_rule(F.linear)
 def linear_(input: Any, weight: Any, bias: Any = None) -> Jet:
-    if isinstance(weight, Jet):
-        made = matmul(input, linear(weight, lambda t: t.mT))
-    else:
-        made = stacked(input, lambda t: F.linear(t, weight))
+    made = matmul(input, linear(weight, lambda t: t.mT)) if isinstance(weight, Jet) else stacked(input, lambda t: F.linear(t, weight))
     return made if bias is None else plus(made, bias)
 
 

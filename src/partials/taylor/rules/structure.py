@@ -77,6 +77,8 @@ def _single(name: str, spec: str) -> Callable[..., Jet]:
         if name == "flatten" and not f.ndim:
             return linear(f, lambda t: t.reshape(-1, 1))
         given = bound(spec, args, kwargs, f.ndim)
+        if name == "permute":
+            given["dims"] = (0, *given["dims"])
         made = linear(f, lambda t: function(t, **given))
         return alias(f, made) if name in _VIEWS else made
 
