@@ -20,6 +20,7 @@ from benchmarks.cases import line
 from benchmarks.timing import paired
 from partials._machine import describe, sentence
 
+Made = tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], nn.Module]
 DEPTHS = (1, 8, 16, 32, 64)
 
 
@@ -28,7 +29,6 @@ def main() -> None:
     print(sentence(describe(torch.device("cpu"))))
     slopes()
     the_line()
-    the_first_check()
 
 
 def slopes(turns: int = 41) -> None:
@@ -41,19 +41,19 @@ def slopes(turns: int = 41) -> None:
     ):
         times: dict[str, list[float]] = {"step": [], "capture": []}
         for depth in DEPTHS:
-            f, inputs, module = made(depth)
-            parameters = list(module.parameters())
-            found = paired(
-                {
-                    "step": lambda: torch.autograd.grad(f(*inputs).sum(), parameters),
-                    "capture": lambda: pt.jacobian(f, *inputs, params=module, check="never", **options),
-                },
-                turns,
-            )
-            for timing in found:
+            for timing in paired(_candidates(made(depth), options), turns):
                 times[timing.name].append(1e6 * timing.seconds)
         step, capture = (_slope(times[name]) for name in ("step", "capture"))
         print(f"  {what:<28} step {step:6.1f}   capture {capture:6.1f}   overhead {capture - step:6.1f}   ({bar})")
+
+
+def _candidates(made: Made, options: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    f, inputs, module = made
+    parameters = list(module.parameters())
+    return {
+        "step": lambda: torch.autograd.grad(f(*inputs).sum(), parameters),
+        "capture": lambda: pt.jacobian(f, *inputs, params=module, check="never", **options),
+    }
 
 
 def the_line(turns: int = 800) -> None:
@@ -85,41 +85,7 @@ def the_line(turns: int = 800) -> None:
         print(f"  {t.name:<26}{1e3 * t.seconds:>10.1f} ms   {t.seconds / quick[1].seconds:.0f} times partials")
 
 
-def the_first_check(turns: int = 7) -> None:
-    """`check="first"`: what the first call costs more than one without a check, and what later ones do."""
-    from benchmarks.cases import CASES
-    from partials.checks.first import PASSED
-
-    print('\ncheck="first": the first call more than check="never", in training steps (bar: 4 steps + 10 ms), and later calls')
-    for name, make in CASES.items():
-        torch.manual_seed(0)
-        f, inputs, module = make()
-        parameters = list(module.parameters())
-
-        def call(check: str) -> Any:
-            return pt.jacobian(f, *inputs, params=module, check=check)
-
-        def first() -> Any:
-            PASSED.clear()
-            return call("first")
-
-        step, never, once, later = paired(
-            {
-                "step": lambda: torch.autograd.grad(f(*inputs).sum(), parameters),
-                "never": lambda: call("never"),
-                "first": first,
-                "later": lambda: call("first"),
-            },
-            turns,
-        )
-        more, allowed = once.seconds - never.seconds, 4 * step.seconds + 10e-3
-        print(
-            f"  {name:<32} step {1e3 * step.seconds:6.1f} ms   first +{1e3 * more:6.1f} ms of {1e3 * allowed:6.1f} allowed   "
-            f"later {1e6 * (later.seconds - never.seconds):+.0f} us"
-        )
-
-
-def _deep(depth: int) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], nn.Module]:
+def _deep(depth: int) -> Made:
     net = nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Linear(8, 8), nn.Tanh())), nn.Linear(8, 1), nn.Flatten(0))
     return net, (torch.randn(16, 8),), net
 
@@ -135,7 +101,7 @@ class _Scales(nn.Module):
         return x.sum(1)
 
 
-def _scales(depth: int) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], nn.Module]:
+def _scales(depth: int) -> Made:
     net = _Scales(depth)
     return net, (torch.randn(16, 8),), net
 

@@ -9,7 +9,7 @@ code. Values are left out, so that a new temperature is not a new course.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -65,7 +65,7 @@ class Course:
 
     def note(self, func: Any, value: Any) -> None:
         """Add an argument that is no tensor and no container."""
-        kind = type(value)
+        kind: Any = type(value)
         if kind is int or kind is float:
             if func in SIZED and value > 1:
                 self.entries.append("N" if self.n and value % self.n == 0 else "size")
@@ -91,7 +91,7 @@ def wrapped(t: Tensor, course: Course) -> Hashable:
     return course.number(raw), order, form(raw.shape, course.n)
 
 
-def contents(value: Any) -> Iterable[Any] | None:
+def contents(value: Any) -> Collection[Any] | None:
     """The values of a container, None of anything else."""
     if isinstance(value, tuple | list):
         return value
@@ -99,4 +99,5 @@ def contents(value: Any) -> Iterable[Any] | None:
 
 
 def _bound(value: Any) -> Hashable:
-    return value if value is None or type(value) is int else type(value)
+    kind: Any = type(value)
+    return value if value is None or kind is int else kind
