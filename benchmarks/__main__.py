@@ -1,96 +1,57 @@
-"""`python -m benchmarks [--quick] [--json PATH]`: correctness first, then every quantity in units of one training step."""
+"""`python -m benchmarks [--quick] [--case WORDS ...] [--json PATH] [--write]`: correctness first, then times as ratios in one run."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.func import grad, vmap
 
-import partials as pt
-from benchmarks.cases import CASES, line
-from benchmarks.timing import Timing, paired
+from benchmarks.cases import CASES
+from benchmarks.measure import LINE, measure
+from benchmarks.report import page, printed, table
 from partials._machine import describe, sentence
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "opacus", "backpack-for-pytorch", "torchjd", "curvlinops-for-pytorch")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer turns")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="fewer turns, no memory: under three minutes")
+    parser.add_argument("--case", nargs="+", default=[""], help="only the cases whose names have one of these words")
+    parser.add_argument("--json", type=Path, default=ROOT / "build" / "benchmarks.json", help="figures; this run's cases are added")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md from all figures in the file")
     options = parser.parse_args()
-    turns = 7 if options.quick else 21
     torch.set_num_threads(min(2, torch.get_num_threads()))
     machine = sentence(describe(torch.device("cpu")))
     print(machine)
-    figures: dict[str, list[Timing]] = {}
-    for name, make in CASES.items():
-        torch.manual_seed(0)
-        figures[name] = _timed(*make(), turns=turns)
-        _print(name, figures[name])
-    figures["the notebook's line, N=1000"] = _line(turns)
-    _print("the notebook's line, N=1000", figures["the notebook's line, N=1000"])
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, **{n: [asdict(t) for t in ts] for n, ts in figures.items()}}, indent=2))
+    figures = json.loads(options.json.read_text()) if options.json.exists() and not options.quick else {}
+    for name in [LINE, *CASES]:
+        if any(word in name for word in options.case):
+            figures[name] = measure(name, quick=options.quick)
+            print(printed(name, figures[name]), flush=True)
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(figures))
+    figures = {name: figures[name] for name in [LINE, *CASES] if name in figures}
+    print(f"\n{table(figures)}")
+    if options.write:
+        (ROOT / "docs" / "benchmarks.md").write_text(page(figures, machine, versions()))
 
 
-def _timed(f: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], module: Any, *, turns: int) -> list[Timing]:
-    """One training step first: the others are told in its units."""
-    parameters = list(module.parameters())
-
-    def step() -> Any:
-        return torch.autograd.grad(f(*inputs).sum(), parameters)
-
-    def factors() -> Any:
-        return pt.jacobian(f, *inputs, params=module, check="never")
-
-    J = factors()
-    total = torch.cat([g.flatten() for g in step()])
-    assert (J.sum() - total).norm() <= 1e-5 * total.norm(), "the rows do not add up to one backward"
-    v, u, out = torch.randn(J.shape[-1]), torch.randn(J.shape[:-1]), torch.empty(J.shape)
-    return paired(
-        {
-            "training step": step,
-            "factors": factors,
-            "norms": lambda: factors().norms(),
-            "clipped sum": lambda: factors().clipped_sum(1.0),
-            **({"Gram": lambda: factors().gram()} if len(J) <= 512 else {}),
-            "J @ v, given factors": lambda: J @ v,
-            "J.T @ u, given factors": lambda: J.T @ u,
-            "fill of the result": lambda: out.zero_(),
-            "dense into out=": lambda: factors().dense(out=out),
-        },
-        turns,
-    )
+def versions() -> str:
+    """The peers that are installed."""
+    return "; ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name))) + "."
 
 
-def _line(turns: int) -> list[Timing]:
-    x, a, b = torch.randn(1000, 1), torch.randn(1, requires_grad=True), torch.randn(1, requires_grad=True)
-
-    def ours() -> Any:
-        return pt.jacobian(line, x, a, b, check="never")
-
-    def vectorised() -> Any:
-        return vmap(grad(lambda a, b, x: line(x, a, b)[0], (0, 1)), (None, None, 0))(a, b, x)
-
-    assert torch.equal(ours()["a"].flatten(), vectorised()[0].flatten())
-    slow = paired(
-        {"functional.jacobian": lambda: torch.autograd.functional.jacobian(lambda a, b: line(x, a, b), (a, b)), "partials": ours}, 3
-    )
-    quick = paired(
-        {"vmap(grad)": vectorised, "partials": ours, "training step": lambda: torch.autograd.grad(line(x, a, b).sum(), (a, b))}, 40 * turns
-    )
-    return [*quick, slow[0]]
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
-def _print(name: str, timings: list[Timing]) -> None:
-    print(f"\n{name}")
-    for t in timings:
-        print(f"  {t.name:<26}{1e3 * t.seconds:>10.3f} ms   x {t.ratio:<8.2f} (spread {t.spread:.2f})")
-
-
-main()
+if __name__ == "__main__":
+    main()

@@ -1,78 +1,76 @@
-"""The models and batches that are timed: each is (per-sample function, inputs, the module whose parameters count)."""
+"""The cases that are timed, each with what is asked of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-Made = tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], Any]
+import partials as pt
+from benchmarks import models
+from benchmarks.models import line
+from partials._typing import Tensor
+from partials.testing import Call
+
+__all__ = ["CASES", "Made", "Task", "line"]
 
 
-class TutorialCNN(nn.Module):
-    """The network of PyTorch's CIFAR-10 tutorial."""
+@dataclass(frozen=True)
+class Made:
+    """A model and a batch; with a target, each sample's output is its cross-entropy."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.Sequential(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2))
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10))
+    model: nn.Module
+    x: Tensor
+    target: Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.convs(x))
+    def f(self, *inputs: Tensor) -> Tensor:
+        """The function whose per-sample Jacobian is wanted."""
+        found: Tensor = self.model(inputs[0])
+        return found if self.target is None else F.cross_entropy(found, inputs[1], reduction="none")
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.x,) if self.target is None else (self.x, self.target)
 
-class Transformer(nn.Module):
-    """d = 128, two layers, four heads, a vocabulary of 1000, mean-pooled to ten classes."""
+    def call(self) -> Call:
+        """The same for `partials.testing`."""
+        return Call(self.f, self.inputs, dict(self.model.named_parameters()), {"params": self.model})
 
-    def __init__(self, tokens: int = 64) -> None:
-        super().__init__()
-        self.table, self.places = nn.Embedding(1000, 128), nn.Parameter(0.02 * torch.randn(tokens, 128))
-        layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True)
-        self.layers, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(128, 10)
+    def factors(self, check: str = "never") -> Any:
+        return pt.jacobian(self.f, *self.inputs, params=self.model, check=check)
 
-    def forward(self, index: torch.Tensor) -> torch.Tensor:
-        return self.head(self.layers(self.table(index) + self.places).mean(1))
-
-
-def classified(model: nn.Module, x: torch.Tensor) -> Made:
-    """The cross-entropy of each sample."""
-    target = torch.randint(10, (len(x),))
-
-    def losses(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(x), target, reduction="none")
-
-    return losses, (x, target), model
+    def step(self) -> tuple[Tensor, ...]:
+        """One training step's work: forward and summed backward."""
+        return torch.autograd.grad(self.f(*self.inputs).sum(), list(self.model.parameters()))
 
 
-def mlp() -> Made:
-    net = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
-    return classified(net, torch.randn(256, 784))
+@dataclass(frozen=True)
+class Task:
+    """How to make a case, and whether its dense rows and its Gram matrix are of a size to be asked for."""
+
+    make: Callable[[], Made]
+    dense: bool = True
+    gram: bool = True
 
 
-def cnn() -> Made:
-    return classified(TutorialCNN(), torch.randn(64, 3, 32, 32))
+def _classified(model: nn.Module, x: Tensor) -> Made:
+    return Made(model, x, torch.randint(10, (len(x),)))
 
 
-def physics() -> Made:
-    net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1), nn.Flatten(0))
-    return net, (torch.randn(4096, 2),), net
-
-
-def transformer() -> Made:
-    return classified(Transformer(), torch.randint(0, 1000, (64, 64)))
-
-
-def line(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The notebook's function."""
-    return a * x + b
-
-
-CASES: dict[str, Callable[[], Made]] = {
-    "MLP 784-512-512-10, N=256": mlp,
-    "tutorial CNN, N=64": cnn,
-    "2-64-64-1 tanh, N=4096": physics,
-    "transformer d=128, T=64, N=64": transformer,
+CASES: dict[str, Task] = {
+    "MLP 784-512-512-10, N=256": Task(lambda: _classified(models.mlp(), torch.randn(256, 784))),
+    "tutorial CNN, N=64": Task(lambda: _classified(models.tutorial_cnn(), torch.randn(64, 3, 32, 32))),
+    "2-64-64-1 tanh, N=4096": Task(lambda: Made(models.physics(), torch.randn(4096, 2)), gram=False),
+    "transformer d=128, T=64, N=64": Task(lambda: _classified(models.Transformer(), torch.randint(0, 1000, (64, 64)))),
+    "residual CNN, N=32": Task(lambda: _classified(models.resnet(), torch.randn(32, 3, 32, 32))),
+    "tiny GPT-2, T=128, N=16": Task(lambda: Made(models.TinyGPT2(), torch.randint(0, 1000, (16, 128)))),
+    "LSTM H=128, T=64, N=64": Task(lambda: _classified(models.Recurrent(), torch.randn(64, 64, 64))),
+    "MLP C=10, N=64": Task(lambda: Made(models.mlp(), torch.randn(64, 784))),
+    "MLP C=100, N=64": Task(lambda: Made(models.mlp(100), torch.randn(64, 784)), dense=False, gram=False),
+    "table of 50 000 rows, N=32": Task(lambda: _classified(models.Words(), torch.randint(0, 50_000, (32, 32)))),
 }
+"""By name. The seed is set by whoever makes a case."""

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+Times = dict[str, list[float]]
+"""Candidate -> seconds of every turn, in the order of the turns."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -20,21 +23,31 @@ class Timing:
     """Interquartile range of that ratio."""
 
 
-def paired(candidates: dict[str, Callable[[], Any]], turns: int) -> list[Timing]:
-    """Times of all candidates, in turns, after two warm-ups of each."""
-    for run in candidates.values():
-        run()
-        run()
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(turns):
+def taken(candidates: dict[str, Callable[[], Any]], turns: int, seconds: float = float("inf")) -> Times:
+    """Times of all candidates, in turns, after two warm-ups of each; fewer turns (three at the least) where they would take longer."""
+    for _ in range(2):
+        start = time.perf_counter()
+        for run in candidates.values():
+            run()
+        once = time.perf_counter() - start
+    times: Times = {name: [] for name in candidates}
+    for _ in range(max(3, int(min(turns, seconds / max(once, 1e-9))))):
         for name, run in candidates.items():
             start = time.perf_counter()
             run()
-            taken[name].append(time.perf_counter() - start)
-    first = next(iter(taken.values()))
-    found = []
-    for name, times in taken.items():
-        ratios = [t / s for t, s in zip(times, first, strict=True)]
-        quarters = statistics.quantiles(ratios, n=4) if turns > 1 else [ratios[0]] * 3
-        found.append(Timing(name, statistics.median(times), statistics.median(ratios), quarters[2] - quarters[0]))
-    return found
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: Times, name: str, by: str) -> tuple[float, float]:
+    """(median, interquartile range) over turns of one candidate's time by another's."""
+    ratios = [t / s for t, s in zip(times[name], times[by], strict=True)]
+    quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return statistics.median(ratios), quarters[2] - quarters[0]
+
+
+def paired(candidates: dict[str, Callable[[], Any]], turns: int) -> list[Timing]:
+    """The candidates' times beside the first one's."""
+    times = taken(candidates, turns)
+    first = next(iter(times))
+    return [Timing(name, statistics.median(times[name]), *ratio(times, name, first)) for name in times]

@@ -1,7 +1,11 @@
 """Sphinx: `./dev docs` builds the pages with warnings as errors; nothing is fetched from a network."""
 
 import re
+import sys
 from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # this tree, wherever it is installed from
 
 project = "partials"
 author = "the partials authors"

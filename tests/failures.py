@@ -193,17 +193,6 @@ def detached_parameter(model):
     pt.jacobian(lambda x: x, x(), params={"scale": w().detach()})
 
 
-@failure(
-    pt.InputError,
-    "parameter 'a' is complex, which is not supported yet",
-    "torch.complex128",
-    "a real floating-point tensor",
-    "torch.view_as_real, with the real and imaginary parts as parameters",
-)
-def complex_parameter(model):
-    pt.jacobian(line, x(), torch.complex(w(), w()).detach().requires_grad_(), w())
-
-
 @failure(pt.InputError, "params holds no tensor", "an empty collection", "at least one parameter")
 def empty_params(model):
     pt.jacobian(lambda x: x, x(), params=[])

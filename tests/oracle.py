@@ -6,8 +6,10 @@ import functools
 
 import torch
 
-from partials.testing import CASES
-from partials.testing.cases import N
+from partials.testing import CASES, loop
+from partials.testing.oracle import gradients
+
+__all__ = ["EPS", "assert_rows", "dense", "gradients", "loop", "reference"]
 
 EPS = 256
 """Rounding errors allowed, in units of the dtype's precision, of a parameter's whole part."""
@@ -17,38 +19,6 @@ EPS = 256
 def reference(name):
     """`loop` of a case of `partials.testing` in float64."""
     return loop(CASES[name].make())
-
-
-def loop(call, create_graph=False):
-    """(values (N, *out), {name: rows (N, *out, *shape)}) of a `partials.testing.Call`."""
-    values, rows = [], {name: [] for name in call.parameters}
-    for n in range(N):
-        args = [cut(x, n, call.dims.get(i, 0), call.parameters) for i, x in enumerate(call.inputs)]
-        kwargs = {key: cut(x, n, call.dims.get(key, 0), call.parameters) for key, x in call.kwargs.items()}
-        out = call.pick(call.f(*args, **kwargs))[0]
-        values.append(out if create_graph else out.detach())
-        for name, row in gradients(out, call.parameters, create_graph).items():
-            rows[name].append(row)
-    return torch.stack(values), {name: torch.stack(parts) for name, parts in rows.items()}
-
-
-def gradients(out, parameters, create_graph=False):
-    """{name: (*out, *shape)}: one reverse pass for each entry of out, zeros where it does not depend on a parameter."""
-    found = {name: [] for name in parameters}
-    for entry in out.reshape(-1):
-        parts = torch.autograd.grad(entry, list(parameters.values()), retain_graph=True, create_graph=create_graph, allow_unused=True)
-        for (name, p), part in zip(parameters.items(), parts, strict=True):
-            found[name].append(torch.zeros_like(p) if part is None else part)
-    return {name: torch.stack(parts).reshape(out.shape + parameters[name].shape) for name, parts in found.items()}
-
-
-def cut(x, n, dim, parameters):
-    """Sample n of an input as a batch of one; parameters, shared inputs and whatever is no tensor stay whole."""
-    if isinstance(x, dict):
-        return {key: cut(part, n, dim, parameters) for key, part in x.items()}
-    if not isinstance(x, torch.Tensor) or dim is None or any(x is p for p in parameters.values()):
-        return x
-    return x.narrow(dim, n, 1)
 
 
 def dense(rows, lead):

@@ -53,7 +53,6 @@ LAYERS = {
     "conv_transpose1d groups": lambda: (nn.ConvTranspose1d(4, 4, 3, groups=2), torch.randn(N, 4, 6)),
     "embedding": lambda: (nn.Embedding(5, 3), tokens()),
     "embedding padded at the end": lambda: (nn.Embedding(5, 3, padding_idx=-1), torch.tensor([[0, 4], [4, 4], [1, 2]])),
-    "embedding of bounded norm": lambda: (nn.Embedding(5, 3, max_norm=0.5), tokens()),
     "embedding_bag mean": lambda: (nn.EmbeddingBag(5, 3, mode="mean"), tokens()),
     "embedding_bag sum padded": lambda: (nn.EmbeddingBag(5, 3, mode="sum", padding_idx=0), tokens()),
     "embedding_bag max": lambda: (nn.EmbeddingBag(5, 3, mode="max"), tokens()),

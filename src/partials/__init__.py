@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from ._input_jacobian import InputJacobian
     from ._jacobian import Jacobian, concat
     from ._plan import Plan
+    from ._stream import stream
+    from ._tape import tape
     from .checks.report import Report
     from .rules import rule
+    from .store import open_store as open
     from .taylor import biharmonic, curl, derivatives, directional, divergence, hessian, laplacian, partial
 
 __version__ = "0.1.0"
@@ -56,10 +59,16 @@ _HOMES = {
     "hessian": ".taylor",
     "jacobian": "._api",
     "laplacian": ".taylor",
+    "open": ".store",
     "partial": ".taylor",
     "rule": ".rules",
+    "stream": "._stream",
+    "tape": "._tape",
 }
 """Where each public name lives: modules are loaded on first use, so that the command line's --help needs no torch."""
+
+_RENAMED = {"open": "open_store"}
+"""Names that would hide a built-in where they are defined."""
 
 __all__ = [
     "CheckError",
@@ -89,15 +98,18 @@ __all__ = [
     "hessian",
     "jacobian",
     "laplacian",
+    "open",
     "partial",
     "rule",
+    "stream",
+    "tape",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name], __name__), name)
+    value = getattr(import_module(_HOMES[name], __name__), _RENAMED.get(name, name))
     globals()[name] = value
     return value
 

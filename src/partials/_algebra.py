@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from itertools import combinations
 
 import torch
 
-from ._blocks import ROOM, Block, Dense, size_of
+from . import _room
+from ._blocks import Block, Dense, size_of
 from ._typing import Tensor
 
 Blocks = Mapping[str, tuple[Block, ...]]
@@ -23,17 +24,17 @@ def squared_norms(blocks: tuple[Block, ...]) -> Tensor:
 
 
 def all_squared_norms(blocks: Blocks) -> Tensor:
-    return sum_of([squared_norms(group) for group in blocks.values()])
+    return sum_of(squared_norms(group) for group in blocks.values())
 
 
 def pairs(function: Callable[[Block, Block], Tensor], left: Blocks, right: Blocks) -> Tensor:
     """The sum of `function` over all pairs of blocks that belong to one parameter: Gram matrices and inner products."""
-    return sum_of([function(a, b) for name in left for a in left[name] for b in right[name]])
+    return sum_of(function(a, b) for name in left for a in left[name] for b in right[name])
 
 
 def matmul(blocks: Blocks, v: Mapping[str, Tensor]) -> Tensor:
     """J v: {name: (*shape, k)} -> (N, C, k)."""
-    return sum_of([block.matmul(v[name]) for name, group in blocks.items() for block in group])
+    return sum_of(block.matmul(v[name]) for name, group in blocks.items() for block in group)
 
 
 def rmatmul(blocks: Blocks, u: Tensor) -> dict[str, Tensor]:
@@ -102,9 +103,9 @@ def other_norms(blocks: Blocks, order: float) -> Tensor:
 
 
 def in_pieces(blocks: Blocks) -> Iterator[Blocks]:
-    """The blocks of a few samples at a time, whose dense rows of all parameters take at most `ROOM` bytes."""
+    """The blocks of a few samples at a time, whose dense rows of all parameters stay within their room."""
     n, c = next(iter(blocks.values()))[0].rows
-    step = max(1, ROOM // max(1, 8 * c * _width(blocks)))
+    step = max(1, _room.rows() // max(1, 8 * c * _width(blocks)))
     if n <= step:
         return iter([blocks])
     return (select(blocks, index) for index in torch.arange(n).split(step))
@@ -123,8 +124,13 @@ def _nothing(blocks: Blocks) -> Tensor:
     return _side_by_side(blocks).sum(-1)
 
 
-def sum_of(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of the parts, each let go once it is added."""
+    rest = iter(parts)
+    total, own = next(rest), False
+    for part in rest:
+        if own and not total.requires_grad and not part.requires_grad and total.dtype == part.dtype:
+            total.add_(part)
+        else:
+            total, own = total + part, True
     return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ._budget import solve
 from ._compare import Comparison, compare_methods
 from ._errors import InputError, OutputError
 from ._input_jacobian import InputJacobian
@@ -12,10 +13,9 @@ from ._jacobian import Jacobian
 from ._output import per_sample_loss
 from ._plan import Plan, parse_bytes
 from ._problem import Problem, normalise
-from ._rows import Origin
-from ._run import compute, plan, wrap
+from ._run import plan
 from ._typing import Function
-from .checks import Report, inspect, verify
+from .checks import Report, inspect
 from .checks.first import POLICIES
 
 
@@ -202,11 +202,7 @@ def compare(
 def _solve(problem: Problem, method: str, policy: str) -> Jacobian | InputJacobian:
     if policy not in POLICIES:
         raise InputError(f"check={policy!r} is unknown", got=repr(policy), expected=f"one of: {', '.join(POLICIES)}")
-    computed, made = compute(problem, method)
-    made.check = policy
-    found = wrap(problem, computed, made, Origin(check=lambda J, level: inspect(problem, made.method, level, J)))
-    verify(problem, found, policy)
-    return found
+    return solve(problem, method, policy)
 
 
 def _problem(f: Function, inputs: tuple[Any, ...], options: dict[str, Any]) -> Problem:

@@ -13,11 +13,9 @@ from functools import reduce
 
 import torch
 
+from . import _room
 from ._products import rows_by_rows
 from ._typing import Shape, Tensor
-
-ROOM = 64 * 2**20
-"""Bytes of rows that are formed at once where a quantity needs rows for a moment."""
 
 
 class Block(ABC):
@@ -130,10 +128,10 @@ class Block(ABC):
         return reduce(torch.add, parts)
 
     def _samples_at_once(self) -> int:
-        return max(1, ROOM // max(1, 8 * self.rows[1] * size_of(self.shape)))
+        return max(1, _room.rows() // max(1, 8 * self.rows[1] * size_of(self.shape)))
 
     def _by_samples(self, function: Callable[..., Tensor], *others: Block) -> Tensor:
-        """`function` of the blocks of a few samples at a time, so that formed rows stay below `ROOM` bytes."""
+        """`function` of the blocks of a few samples at a time, so that formed rows stay within their room."""
         n, step = self.rows[0], self._samples_at_once()
         if n <= step:
             return function(self, *others)

@@ -16,10 +16,11 @@ import torch
 
 from . import _machine
 from ._errors import InputError, MixingError, PartialsError
+from ._part import part
 from ._plan import human_bytes, human_time, known
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
-from ._reference import Reference, dense_rows, part, reference
+from ._reference import Reference, dense_rows, reference
 from ._run import NAMES
 from ._state import drawn_from, random_state, rng_kept
 from .checks import inspect

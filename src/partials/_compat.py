@@ -6,21 +6,47 @@ Without the private names a capture sees only plain tensors: what runs under a v
 from __future__ import annotations
 
 import os
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ._typing import Tensor
+
+if TYPE_CHECKING:
+    from torch.utils._python_dispatch import TorchDispatchMode
+else:
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError:  # pragma: no cover - a torch that moved it
+        TorchDispatchMode = object
 
 try:
     from torch._C import _functorch as _private
 except ImportError:  # pragma: no cover - a torch that moved its internals
     _private = None  # type: ignore[assignment]
 
+try:
+    from torch.autograd.graph import _engine_run_backward as _run_backward
+except ImportError:  # pragma: no cover
+    _run_backward = None  # type: ignore[assignment]
+
+
+try:
+    from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
+except ImportError:  # pragma: no cover - a torch that moved its internals
+    _pop_mode = None  # type: ignore[assignment]
 
 PRIVATE = _private is not None and not os.environ.get("PARTIALS_PUBLIC_ONLY")
 """Whether the private calls are there and not switched off (PARTIALS_PUBLIC_ONLY=1 switches them off)."""
+
+
+PACK = getattr(torch, "_pack_padded_sequence", None)
+"""What `pack_padded_sequence` calls; a mode sees no public name of it. Without it, a packed run is taken for one routed by data."""
 
 
 def transform_of(t: Tensor) -> str:
@@ -71,6 +97,21 @@ def current_level() -> int | None:
     return _private.maybe_current_level() if _private is not None else None
 
 
+def reverse(output: Tensor, seed: Tensor, edges: Sequence[Any], *, create_graph: bool) -> tuple[Tensor | None, ...]:
+    """d (output . seed) / d edges; the graph is kept, None where nothing flows.
+
+    The private way leaves out what `torch.autograd.grad` finds out about its arguments: half of its time where little is computed.
+    """
+    if PRIVATE and _run_backward is not None:
+        return tuple(_run_backward((output,), (seed,), True, create_graph, tuple(edges), True, accumulate_grad=False))
+    return torch.autograd.grad(output, edges, seed, retain_graph=True, create_graph=create_graph, allow_unused=True)
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform may be running in this thread, so that tensors must be looked at; True where nobody can say."""
+    return current_level() is not None if PRIVATE else True
+
+
 class _Plain(torch.autograd.Function):
     """A Function without `setup_context`: torch refuses to apply it where a torch.func transform is running."""
 
@@ -117,6 +158,16 @@ def body_of(function: Any) -> Any:
     return _REBOUND[function]
 
 
+def has_hooks(t: Tensor) -> bool:
+    """Whether the user registered hooks on the tensor's gradient (`register_hook`)."""
+    return bool(getattr(t, "_backward_hooks", None))
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile` wraps the module."""
+    return "_orig_mod" in module._modules
+
+
 def own_memory(z: Tensor) -> tuple[Tensor, Tensor]:
     """`z` and the tensor beneath its vmap levels, no longer a view: later in-place operations on z leave its gradient edge right."""
     if transform_of(z) != "vmap":
@@ -124,3 +175,83 @@ def own_memory(z: Tensor) -> tuple[Tensor, Tensor]:
         return fresh, fresh
     below, bottom = own_memory(_private.get_unwrapped(z))
     return _private._add_batch_dim(below, _private.maybe_get_bdim(z), _private.maybe_get_level(z)), bottom
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and are still held: `peak` is the most at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.held: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+        if made:
+            given = {t.untyped_storage()._cdata for t in _flat((*args, *(kwargs or {}).values())) if isinstance(t, Tensor)}
+            for t in made:
+                self._hold(t, given)
+        return out
+
+    def _hold(self, t: Tensor, given: set[int]) -> None:
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.held or key in given:
+            return  # known, or a view of what was there before
+        self.held[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.held.pop(key, None)
+        self.now -= size
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+class WrittenBytes(TorchFunctionMode):
+    """The public stand-in: all that the torch functions inside wrote, three times over for the reverse passes; nothing is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor) and not transform_of(t):
+                self.peak += 3 * t.nbytes
+        return out
+
+
+def meter() -> LiveBytes | WrittenBytes:
+    """A context that measures the bytes which the torch operations inside hold at once."""
+    return LiveBytes() if PRIVATE and TorchDispatchMode is not object else WrittenBytes()
+
+
+def watched() -> bool:
+    """Whether a torch function mode is active around us."""
+    return torch.overrides.has_torch_function((_NOTHING,))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Torch function modes around us see nothing; modes that are entered inside do."""
+    if _pop_mode is None or os.environ.get("PARTIALS_PUBLIC_ONLY"):  # they see work of ours as well: more to look at, nothing wrong
+        yield
+        return
+    around: list[Any] = []
+    try:
+        while _len_torch_function_stack():
+            around.append(_pop_mode())
+        yield
+    finally:
+        for mode in reversed(around):
+            _push_mode(mode)

@@ -1,20 +1,28 @@
-"""`Conv`: the block of a convolution's weight, kept as the input and the cotangent; patches are unfolded a few samples at a time."""
+"""`Conv`: the block of a convolution's weight, kept as the input and the cotangent; patches are unfolded a few samples at a time.
+
+A transposed convolution is the same with the roles of the two exchanged: its weight meets the input at one position with a patch of
+the output, so that the cotangent is unfolded and the input is not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import reduce
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from ._blocks import ROOM, Block
+from . import _room
+from ._blocks import Block
 from ._factors import Outer
+from ._gather import each, widest
 from ._typing import Shape, Tensor
 
 CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 GRADIENT: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
@@ -27,32 +35,56 @@ class Conv(Block):
     g: Tensor
     """(N, C, frames, O, *space')."""
     shape: Shape
+    """(O, I/groups, *kernel), transposed (I, O/groups, *kernel)."""
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
+    transposed: bool = False
 
     @property
     def rows(self) -> tuple[int, int]:
         return self.g.shape[0], self.g.shape[1]
 
     def dense(self) -> Tensor:
-        """The rows, one product for each offset of the kernel: no patches are unfolded."""
-        n, c, frames, o = self.g.shape[:4]
-        groups, space = self.groups, self.g.shape[4:]
-        g = self.g.unflatten(3, (groups, o // groups)).movedim(3, 1).movedim(3, 4).flatten(5)  # (N, groups, C, O/groups, frames, L)
-        g = g.reshape(n, groups, c * (o // groups), frames * space.numel())
-        x, rows = self._padded(), []
-        for offset in product(*map(range, self.shape[2:])):
-            cuts = tuple(
-                slice(k * gap, k * gap + step * (size - 1) + 1, step)
-                for k, gap, step, size in zip(offset, self.dilation, self.stride, space, strict=True)
-            )
-            seen = x[(slice(None), slice(None), slice(None), *cuts)].flatten(3)  # (N, frames, I, L)
-            seen = seen.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).reshape(n, groups, frames * space.numel(), self.shape[1])
-            rows.append(g @ seen)
-        found = torch.stack(rows, -1).unflatten(2, (c, o // groups))  # (N, groups, C, O/groups, I/groups, kernel)
-        return found.movedim(2, 1).reshape(n, c, *self.shape)
+        """The rows: one product for each offset along the kernel's first dimension."""
+        if self.transposed:
+            return self._by_outer(lambda block: block.dense())
+        return torch.stack(list(self._strips()), 5).reshape(*self.rows, *self.shape)
+
+    def write(self, out: Tensor, *, add: bool = False) -> None:
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (self.a, self.g, out))
+        if self.transposed or tracked:
+            super().write(out, add=add)
+            return
+        target = out.view(*self.rows, self.groups, self.shape[0] // self.groups, *self.shape[1:])
+        for offset, strip in enumerate(self._strips()):
+            place = target.select(5, offset)
+            place.add_(strip) if add else place.copy_(strip)
+
+    def _strips(self) -> Iterator[Tensor]:
+        """The rows at each offset along the kernel's first dimension: (N, C, groups, O/groups, I/groups, *kernel[1:]).
+
+        Patches are laid out along the other dimensions only. Along the first one, positions that a stride takes apart are brought
+        side by side (a phase for each remainder), so that those of one offset lie one after the other: no patch is copied for it.
+        """
+        (n, c, frames, o), groups, k = self.g.shape[:4], self.groups, self.shape[2]
+        step, gap, (length, *others) = self.stride[0], self.dilation[0], self.g.shape[4:]
+        across = prod(others)
+        x = self._patches(self.g.shape[4:], first=1)  # (N, frames, I, size, *others, *kernel[1:])
+        x = x.narrow(3, 0, step * (length - 1) + gap * (k - 1) + 1)
+        if x.shape[3] % step:
+            x = F.pad(x, [0, 0] * (x.ndim - 4) + [0, -x.shape[3] % step])
+        x = x.unflatten(3, (-1, step)).unflatten(2, (groups, -1))  # (N, frames, groups, I/groups, size/step, step, *others, *kernel[1:])
+        kernel, places = list(range(6 + len(others), x.ndim)), list(range(6, 6 + len(others)))
+        x = x.permute(0, 2, 1, 3, *kernel, 5, 4, *places).reshape(n * groups * frames, prod(self.shape[1:]) // k, step, x.shape[4] * across)
+        g = self.g.unflatten(3, (groups, -1)).permute(0, 3, 2, 1, 4, *range(5, 6 + len(others)))  # (N, groups, frames, C, O/groups, ...)
+        g = g.reshape(n * groups * frames, c * o // groups, length * across)
+        for offset in range(k):
+            start = offset * gap // step * across
+            rows = torch.bmm(g, x[:, :, offset * gap % step, start : start + length * across].mT)
+            rows = rows.view(n, groups, frames, c, o // groups, self.shape[1], *self.shape[3:])
+            yield (rows.squeeze(2) if frames == 1 else rows.sum(2)).transpose(1, 2)
 
     def select(self, index: Tensor) -> Block:
         return replace(self, a=self.a.index_select(0, index), g=self.g.index_select(0, index))
@@ -62,10 +94,10 @@ class Conv(Block):
 
     def matmul(self, v: Tensor) -> Tensor:
         """J v: the convolution with v, met with the cotangent."""
-        x, g = self._padded().flatten(0, 1), self.g.flatten(2)
+        x, g = (self.a if self.transposed else self._padded()).flatten(0, 1), self.g.flatten(2)
         columns = []
         for weight in v.to(x.dtype).unbind(-1):
-            z = CONV[len(self.stride)](x, weight, None, self.stride, 0, self.dilation, self.groups)
+            z = self._convolved(x, weight)
             columns.append(g @ z.unflatten(0, self.a.shape[:2]).flatten(1).unsqueeze(-1))
         return torch.cat(columns, -1) if columns else g.new_zeros(*self.rows, 0)
 
@@ -83,18 +115,39 @@ class Conv(Block):
         g = torch.einsum("nc,nc...->n...", u, self.g).flatten(0, 1)
         if not len(g):
             return g.new_zeros(self.shape)
-        return GRADIENT[len(self.stride)](self._padded().flatten(0, 1), self.shape, g, self.stride, 0, self.dilation, self.groups)
+        x, g = (self._padded(g), self.a.flatten(0, 1)) if self.transposed else (self._padded().flatten(0, 1), g)
+        return GRADIENT[len(self.stride)](x, self.shape, g, self.stride, 0, self.dilation, self.groups)
 
-    def _padded(self) -> Tensor:
+    def _convolved(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The operation itself: (N * frames, I, ...) to (N * frames, O, *space')."""
+        dims = len(self.stride)
+        if not self.transposed:
+            return CONV[dims](x, weight, None, self.stride, 0, self.dilation, self.groups)
+        reach = [gap * (k - 1) + 1 for gap, k in zip(self.dilation, self.shape[2:], strict=True)]
+        least = [(size - 1) * step + r for size, step, r in zip(self.a.shape[3:], self.stride, reach, strict=True)]
+        extra = [size + sum(pads) - low for size, pads, low in zip(self.g.shape[4:], self.padding, least, strict=True)]
+        pads = [before for before, _ in self.padding]
+        return TRANSPOSED[dims](x, weight, None, self.stride, pads, extra, self.groups, self.dilation)
+
+    def _padded(self, wide: Tensor | None = None) -> Tensor:
+        """The side of which patches are taken (the input, transposed the cotangent), padded, as far as patches reach."""
+        wide = wide if wide is not None else self.g if self.transposed else self.a
         pads = [p for pair in reversed(self.padding) for p in pair]
-        return F.pad(self.a, pads) if any(pads) else self.a
+        wide = F.pad(wide, pads) if any(pads) else wide
+        if self.transposed:  # what output_padding added lies beyond the last patch
+            for d, (size, step, gap, k) in enumerate(zip(self.a.shape[3:], self.stride, self.dilation, self.shape[2:], strict=True)):
+                at = wide.ndim - len(self.stride) + d
+                wide = wide.narrow(at, 0, (size - 1) * step + gap * (k - 1) + 1)
+        return wide
 
     def squared_norms(self) -> Tensor:
+        if self.transposed:
+            return self._by_outer(lambda block: block.squared_norms())
         positions, patch = self.g.shape[2] * self.g.shape[4:].numel(), torch.Size(self.shape[1:]).numel()
         features = self.rows[1] * self.shape[0] // self.groups
         if positions * (patch + features) < features * patch:  # (few positions: pairs of them cost less than rows)
             return self._by_outer(lambda block: block.squared_norms())
-        return super().squared_norms()
+        return self._by_samples(lambda block: reduce(torch.add, (each(strip, strip) for (strip,) in map(widest, block._strips()))))
 
     def inner(self, other: Block) -> Tensor:
         if not isinstance(other, Conv):
@@ -115,29 +168,34 @@ class Conv(Block):
     def outer(self) -> Outer:
         """The same block with patches unfolded: a (N, T, groups, I/groups * kernel), g (N, C, T, groups, O/groups)."""
         n, c, frames = self.g.shape[:3]
-        space = self.g.shape[4:]
+        space = self.a.shape[3:] if self.transposed else self.g.shape[4:]
         positions, entries = frames * space.numel(), torch.Size(self.shape[1:]).numel()
-        patches = self._patches().movedim(2, 2 + len(space))  # (N, frames, *space', I, *kernel)
-        a = patches.reshape(n, positions, self.groups, entries)
+        patches = self._patches(space)
+        if self.transposed:  # (N, C, frames, O, *space, *kernel) -> (N, C, frames, *space, O, *kernel)
+            g = patches.movedim(3, 3 + len(space)).reshape(n, c, positions, self.groups, entries)
+            return Outer(self.a.movedim(2, -1).reshape(n, positions, self.groups, self.shape[0] // self.groups), g, self.shape, "io")
+        a = patches.movedim(2, 2 + len(space)).reshape(n, positions, self.groups, entries)  # (N, frames, *space', I, *kernel)
         g = self.g.movedim(3, -1).reshape(n, c, positions, self.groups, self.shape[0] // self.groups)
         return Outer(a, g, self.shape)
 
-    def _patches(self) -> Tensor:
-        """(N, frames, I, *space', *kernel): a strided view of the padded input."""
+    def _patches(self, space: torch.Size, first: int = 0) -> Tensor:
+        """(..., *space, *kernel): a strided view of the padded side, with patches along the dimensions from `first` on."""
         x = self._padded()
+        lead = x.ndim - len(space)
         for d, (size, step, gap) in enumerate(zip(self.shape[2:], self.stride, self.dilation, strict=True)):
-            x = x.unfold(3 + d, gap * (size - 1) + 1, step)[..., ::gap]
-        cut = tuple(slice(0, size) for size in self.g.shape[4:])
-        return x[(slice(None), slice(None), slice(None), *cut)]
+            if d >= first:
+                x = x.unfold(lead + d, gap * (size - 1) + 1, step)[..., ::gap].narrow(lead + d, 0, space[d])
+        return x
 
     def _at(self, samples: slice) -> Conv:
         return replace(self, a=self.a[samples], g=self.g[samples])
 
     def _step(self) -> int:
-        """Samples whose patches fit in `ROOM` bytes."""
-        n, _, frames = self.g.shape[:3]
-        each = frames * self.g.shape[4:].numel() * torch.Size(self.shape[1:]).numel() * self.groups * self.a.element_size()
-        return max(1, min(max(n, 1), ROOM // max(each, 1)))
+        """Samples whose patches fit in the room for rows."""
+        n, c, frames = self.g.shape[:3]
+        positions = c * self.a.shape[3:].numel() if self.transposed else self.g.shape[4:].numel()
+        each = frames * positions * torch.Size(self.shape[1:]).numel() * self.groups * self.a.element_size()
+        return max(1, min(max(n, 1), _room.rows() // max(each, 1)))
 
     def _by_outer(self, function: Callable[..., Tensor], *others: Conv) -> Tensor:
         step, n = self._step(), len(self.g)

@@ -39,7 +39,9 @@ class OutputError(PartialsError, ValueError):
 
 
 class MixingError(PartialsError, RuntimeError):
-    """The output of one sample depends on another sample."""
+    """The output of one sample depends on another sample; `.culprit` is the operation that mixes, where it was found."""
+
+    culprit: Any = None
 
 
 class RandomnessError(PartialsError, RuntimeError):

@@ -1,7 +1,7 @@
 """Outer: the block of a weight matrix, kept as the inputs that it met and the cotangents that came back.
 
 Two formulas serve every product of two such blocks. *By pairs* forms no row: <g (x) a, h (x) b> = (a.b)(g.h), summed over pairs of
-positions. *By rows* forms the rows of a few samples at a time. The one with fewer multiplications is taken; both keep to a `budget`.
+positions. *By rows* forms the rows of a few samples at a time. The one with fewer multiplications is taken; both keep to a `tile`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Literal, TypeAlias, TypeGuard, final
 
 import torch
 
+from . import _room
 from ._blocks import Block
-from ._gather import Gather, across, budget, cat, contracted, each, folded, in_chunks, in_tiles, lookup, mix, own, widest
+from ._gather import Gather, across, cat, contracted, each, folded, in_chunks, in_tiles, lookup, mix, own, widest
 from ._products import rows_by_rows
 from ._typing import Shape, Tensor
 
@@ -170,7 +171,7 @@ class Outer(Block):
     def _forms_for(self, k: int) -> bool:
         """Are rows cheaper for a product with k columns? They cost c*t*o*i to form and c*k*o*i to multiply."""
         (t, _, i), c = self.a.shape[1:], self.rows[1]
-        return c * i * (t + k) < k * t * (i + c) and self._sample_bytes <= budget(self.g)
+        return c * i * (t + k) < k * t * (i + c) and self._sample_bytes <= _room.tile(self.g)
 
     def _columns(self, k: int) -> Iterator[slice]:
         n, _, t, groups, o = self.g.shape

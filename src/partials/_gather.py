@@ -15,6 +15,7 @@ from typing import final
 import torch
 from torch.nn.functional import embedding, pad
 
+from . import _room
 from ._blocks import Block, Dense, size_of
 from ._products import rows_by_rows
 from ._typing import Shape, Tensor
@@ -214,22 +215,17 @@ def _apart(place: Tensor, c: int, size: int) -> Tensor:
 # What every factored block needs: bounded temporaries, and a dtype to sum in.
 
 
-def budget(like: Tensor) -> int:
-    """Bytes of one temporary: on a CPU what its caches hold and the allocator keeps, else enough to fill the device."""
-    return 2**23 if like.device.type == "cpu" else 2**26
-
-
 def in_chunks(count: int, each: int, like: Tensor, most: int | None = None) -> Iterator[slice]:
-    """Slices of `count` things of `each` bytes, as many at a time as `budget` holds, one at the least; one empty slice of none."""
-    step = max(1, min(budget(like) // max(1, each), count if most is None else most))
+    """Slices of `count` things of `each` bytes, as many at a time as a `tile` holds, one at the least; one empty slice of none."""
+    step = max(1, min(_room.tile(like) // max(1, each), count if most is None else most))
     return (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
 
 
-def in_tiles(tile: Callable[[slice, slice], Tensor], n: int, m: int, each: int, like: Tensor) -> Tensor:
+def in_tiles(one: Callable[[slice, slice], Tensor], n: int, m: int, each: int, like: Tensor) -> Tensor:
     """(N, C, M, D) from its tiles (n, C, m, D), where a pair of samples takes `each` bytes."""
-    side = max(1, isqrt(budget(like) // max(1, each)))
+    side = max(1, isqrt(_room.tile(like) // max(1, each)))
     strips = in_chunks(n, each * min(m, side), like)
-    return cat([cat([tile(s, r) for r in in_chunks(m, each * (s.stop - s.start), like)], 2) for s in strips])
+    return cat([cat([one(s, r) for r in in_chunks(m, each * (s.stop - s.start), like)], 2) for s in strips])
 
 
 def cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

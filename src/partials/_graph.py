@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from ._typing import Tensor
 
+HIDES = "Checkpoint"
+"""In the name of a graph node: reentrant checkpointing, which computes again in the reverse pass what the graph does not show."""
 
-def reached(output: Tensor, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Names of the tensors (leaves or not) that the graph of `output` leads to."""
+
+def hides_uses(output: Tensor) -> bool:
+    """Whether a node of the output's graph runs a reverse pass of its own, in which parameters may be used."""
+    stack, seen = [output.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if HIDES in node.name():
+            return True
+        stack.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def reached(output: Tensor, tensors: Mapping[str, Tensor], stops: Collection[Any] = ()) -> set[str]:
+    """Names of the tensors (leaves or not) that the graph of `output` leads to, without passing the nodes `stops`."""
     wanted_nodes = {t.grad_fn: name for name, t in tensors.items() if t.grad_fn is not None}
     wanted_leaves = {id(t): name for name, t in tensors.items() if t.grad_fn is None}
     found = {name for name, t in tensors.items() if t is output}
-    stack, seen = [output.grad_fn], set()
+    stack, seen = [output.grad_fn], set(stops)
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -25,3 +43,8 @@ def reached(output: Tensor, tensors: Mapping[str, Tensor]) -> set[str]:
             found.add(wanted_leaves[id(leaf)])
         stack.extend(following for following, _ in node.next_functions)
     return found
+
+
+def strided(gradient: Tensor | None) -> Tensor | None:
+    """A gradient as a dense tensor: an embedding with `sparse=True` gives a sparse one."""
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient

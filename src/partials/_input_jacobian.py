@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from . import _algebra
+import torch
+
+from . import _algebra, _pieces
 from ._blocks import size_of
 from ._errors import InputError
+from ._pieces import joined
 from ._rows import AbstractJacobian, Transposed
 from ._typing import Tensor
 
@@ -21,12 +24,18 @@ class InputJacobian(AbstractJacobian):
     def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
         """J v for a vector of each sample: (N, P), (N, *in) of a single input, or {name: (N, *in)} -> (N, *out)."""
         flat = self._vectors(v)
+        if self.pieces is not None:
+            return self._times(torch.cat(list(flat.values()), -1).reshape(*self._lead[: self.batched], -1))
         with self._reading():
             rows = [
                 (_algebra.rows(group).reshape(*self._flat, size_of(group[0].shape)) @ flat[name].unsqueeze(-1)).squeeze(-1)
                 for name, group in self.blocks.items()
             ]
             return self._fold(_algebra.sum_of(rows))
+
+    @joined("v")
+    def _times(self, v: Tensor) -> Tensor:
+        return self @ v
 
     @property
     def T(self) -> Transposed:
@@ -40,6 +49,8 @@ class InputJacobian(AbstractJacobian):
             raise InputError(
                 "u has another shape than the Jacobian asks for", got=f"shape {tuple(u.shape)}", expected=f"shape {self._lead}"
             )
+        if self.pieces is not None:
+            return _pieces.per_sample(self, u)
         with self._reading():
             weights = u.reshape(len(self), 1, size_of(self.out))
             parts = {

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from . import _algebra
+from . import _algebra, _pieces
 from ._blocks import size_of
 from ._errors import InputError, MemoryBudgetError, listed
 from ._input_jacobian import InputJacobian
+from ._pieces import added, joined
 from ._plan import human_bytes
 from ._rows import AbstractJacobian, Origin, Transposed
 from ._scipy import linear_operator
@@ -54,6 +55,7 @@ class Jacobian(AbstractJacobian):
         """The dense rows by name, inputs first: {name: (N, *out, *shape)}."""
         return {**({} if self.inputs is None else self.inputs.dict()), **super().dict()}
 
+    @joined()
     def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
         """J v: (P,), (P, k) or tensors by name -> (N, *out) or (N, *out, k)."""
         parts, columns = self.columns.vector(v)
@@ -68,6 +70,7 @@ class Jacobian(AbstractJacobian):
 
     H = T
 
+    @added("u")
     def _rmatmul(self, u: Tensor) -> Tensor:
         columns = u.ndim == len(self._lead) + 1
         self._expect("u", u.shape[:-1] if columns else u.shape, self._lead)
@@ -79,10 +82,14 @@ class Jacobian(AbstractJacobian):
         """J K^T, the (empirical tangent) kernel of all rows with all rows: (N, *out, M, *out). `other` has the same parameters."""
         right = self if other is None else other
         _same_columns([self, right])
+        if self.pieces is not None or right.pieces is not None:
+            return _pieces.gram(self, right)
+        self._demand((*self._lead, *right._lead), self.dtype)
         with self._reading(), right._reading():
             found = _algebra.pairs(lambda a, b: a.gram(b), self.blocks, right.blocks)
             return found.reshape((*self._lead, *right._lead))
 
+    @added("weights", outputs=True)
     def sum(self, weights: Tensor | None = None) -> Tensor:
         """sum_n w[n] J[n], weights (N,), all ones by default: (*out, P)."""
         w = self._ones() if weights is None else weights.to(self.values)
@@ -97,17 +104,21 @@ class Jacobian(AbstractJacobian):
     def variance(self, correction: int = 1) -> Tensor:
         """The variance of every entry over samples, divided by N - correction: (*out, P)."""
         n = len(self)
+        if self.pieces is not None:
+            return _pieces.variance(self, correction)
         with self._reading():
             shift = self.columns.split(self.mean().reshape(-1, self.columns.width), 1)
             squares = {name: _algebra.scatter(group, shift[name]) for name, group in self.blocks.items()}
             return self.columns.join(squares, 1).reshape(*self.out, self.columns.width) / max(n - correction, 0)
 
+    @added("H", together="H")
     def diagonal(self, H: Tensor | None = None) -> Tensor:
         """diag(J^T H J), H (N, C, C) over flattened outputs, the identity by default: (P,). The GGN's or Fisher's diagonal."""
         with self._reading():
             left = self.blocks if H is None else _algebra.mixed(self.blocks, self._matrices(H))
             return self.columns.join(_algebra.products(left, self.blocks, self._ones()), 1).sum(0)
 
+    @added("H", together="H")
     def normal(self, H: Tensor | None = None) -> Tensor:
         """J^T H J dense, (P, P), for small P only: MemoryBudgetError above 4 GiB."""
         width = self.columns.width
@@ -122,7 +133,8 @@ class Jacobian(AbstractJacobian):
             return _algebra.normal(self.blocks, None if H is None else self._matrices(H))
 
     def ggn(self, H: Tensor | None = None) -> Curvature:
-        """J^T H J as an operator, H (N, C, C) symmetric, the identity by default: `J.ggn(H) @ v`, v (P,), (P, k) or by name -> (P,) or (P, k).
+        """J^T H J as an operator, H (N, C, C) symmetric, the identity by default: `J.ggn(H) @ v`, v (P,), (P, k) or
+        by name -> (P,) or (P, k).
 
         With H the loss' second derivative in f's outputs it is the generalised Gauss-Newton matrix, which for softmax and cross entropy,
         and for least squares, is the Fisher information. `J.ggn(H).solve(g, damping)` is then the natural gradient.
@@ -154,6 +166,15 @@ class Jacobian(AbstractJacobian):
                 got=f"max_norm={max_norm!r}, per={per!r}",
                 expected='a positive max_norm, per="all" or "parameter"',
             )
+        if self.pieces is not None:
+            clipped, by_name = _pieces.clipped_sum(self, max_norm, per)
+        else:
+            clipped, by_name = self._clipped(max_norm, per)
+        if not return_norms:
+            return clipped
+        return clipped, (next(iter(by_name.values())) if per == "all" else by_name)
+
+    def _clipped(self, max_norm: float, per: str) -> tuple[Tensor, ByName]:
         with self._reading():
             squares = {name: _algebra.squared_norms(group) for name, group in self.blocks.items()}
             if per == "all":
@@ -175,11 +196,9 @@ class Jacobian(AbstractJacobian):
                 for name, group in self.blocks.items()
             }
             clipped = self.columns.join(parts, 0).squeeze(-1)
-        if not return_norms:
-            return clipped
-        by_name = {name: norm.squeeze(1) for name, norm in norms.items()}
-        return clipped, (next(iter(by_name.values())) if per == "all" else by_name)
+        return clipped, {name: norm.squeeze(1) for name, norm in norms.items()}
 
+    @joined()
     def sketch(self, k: int, kind: str = "gaussian", seed: int = 0) -> Tensor:
         """J S, every row projected to k numbers: (N, *out, k), float32 or wider. Inner products are kept on average, E<Sx, Sy> = <x, y>.
 
@@ -191,8 +210,9 @@ class Jacobian(AbstractJacobian):
         "rademacher"
             (|x|^2 |y|^2 + <x,y>^2 - 2 sum_p x_p^2 y_p^2) / k: random signs, at the same cost, made faster.
         "sparse"
-            the same as that of signs. Every entry is added to one column in each of h = gcd(k, 4) segments: rows are formed a few at a time,
-            and the cost is N C P h whatever k is. (Kane and Nelson 2014, "Sparser Johnson-Lindenstrauss transforms", block construction.)
+            the same as that of signs. Every entry is added to one column in each of h = gcd(k, 4) segments: rows are formed a few at a
+            time, and the cost is N C P h whatever k is.
+            (Kane and Nelson 2014, "Sparser Johnson-Lindenstrauss transforms", block construction.)
         "kronecker"
             for each matrix parameter, (d, e) by its first dimension and the rest, A^T X B with random signs A (d, k1), B (e, k2), k1 k2 = k
             as nearly square as k allows: inputs and cotangents are projected before they meet, and no row is formed. It is no single
@@ -232,8 +252,9 @@ class Jacobian(AbstractJacobian):
         method
             "rows": J^T (J J^T + damping)^-1 r. "columns": (J^T J + damping)^-1 J^T r. "cg": conjugate gradients on the latter from products
             alone, until |b - A d| <= tolerance |b| for A = J^T J + damping and b = J^T r, measured on the final d, not on the recurrence.
-            "svd": of the dense rows, with singular values below max(N C, P) eps of the largest taken as zero. "auto": the smaller
-            of rows and columns where it has at most 16384 of them, else "cg"; for damping 0 "svd" where the dense rows fit in 1 GiB, else "cg".
+            "svd": of the dense rows, with singular values below max(N C, P) eps of the largest taken as zero where damping is 0. "auto":
+            the smaller of rows and columns where it has at most 16384 of them, else "cg"; for damping 0 "svd" where the dense rows fit
+            in 1 GiB, else "cg".
         dtype
             torch.float64 reads float32 factors in float64 and does all sums in it. J J^T has the squared condition number of J: without it,
             damping below eps |J|^2 is lost in rounding.
@@ -267,7 +288,7 @@ class Jacobian(AbstractJacobian):
             raise InputError("some parameters have no .grad to add to", got=listed(not_leaves), expected="leaf tensors that require grad")
         total = self.unflatten(self.sum(weights).reshape(-1))
         for name, parameter in self.leaves.items():
-            part = total[name].to(parameter.dtype)
+            part = (torch.view_as_complex(total[name]) if parameter.is_complex() else total[name]).to(parameter.dtype)
             if parameter.grad is None:
                 parameter.grad = part.clone()
             elif self.attached:
@@ -286,7 +307,8 @@ class Jacobian(AbstractJacobian):
     def _wider(self, dtype: torch.dtype) -> Jacobian:
         """This Jacobian with values and factors in `dtype` or wider."""
         blocks = {name: tuple(wide(block, dtype) for block in group) for name, group in self.blocks.items()}
-        return replace(self, values=self.values.to(torch.promote_types(self.dtype, dtype)), blocks=blocks)
+        pieces = None if self.pieces is None else self.pieces.through(lambda J: J._wider(dtype))
+        return replace(self, values=self.values.to(torch.promote_types(self.dtype, dtype)), blocks=blocks, pieces=pieces)
 
     def _expect(self, what: str, got: Sequence[int], expected: Shape) -> None:
         if tuple(got) != tuple(expected):
@@ -315,23 +337,18 @@ def concat(jacobians: Sequence[Jacobian], weights: Sequence[float] | None = None
     factors = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
     if len(factors) != len(parts):
         raise InputError("weights do not fit the Jacobians", got=f"{len(factors)} weights", expected=f"{len(parts)}, one for each Jacobian")
-    stacked = {}
-    for name in parts[0].names:
-        groups = [
-            tuple(block if w == 1 else block.scaled(J.values.new_full(J._flat, w)) for block in J.blocks[name])
-            for J, w in zip(parts, factors, strict=True)
-        ]
-        stacked[name] = (Stack(tuple(groups)),)
     values = torch.cat([J.values * w if w != 1 else J.values for J, w in zip(parts, factors, strict=True)])
     sources = tuple(source for J in parts for source in J.origin.sources)
+    pieces = Stack(tuple((replace(J, inputs=None), w) for J, w in zip(parts, factors, strict=True)))
     return replace(
         parts[0],
         values=values,
-        blocks=stacked,
-        attached=any(J.attached for J in parts),
+        blocks={},
         aux=None,
         inputs=None,
         origin=Origin(sources=sources),
+        pieces=pieces,
+        attached=any(J.attached for J in parts),
     )
 
 

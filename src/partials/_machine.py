@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import os
 import platform
@@ -44,6 +45,40 @@ def sentence(machine: dict[str, Any]) -> str:
         machine["system"],
     ]
     return ", ".join(word for word in words if word)
+
+
+def free(device: torch.device) -> int:
+    """Bytes that this process can still take: on CUDA of the device, else the least of the system's, the cgroup's and the limits'."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    return max(0, min((amount for amount in (_available(), _left_in_cgroup(), _left_of_limit()) if amount is not None), default=2**33))
+
+
+def share(device: torch.device) -> int:
+    """The budget of a call that names none: half of what is free."""
+    return free(device) // 2
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch's own error on CUDA, its text on a CPU, or Python's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+
+
+def trim() -> None:
+    """Give back to the system what the C library keeps of memory that was freed; without one that can, nothing."""
+    if (release := _release()) is not None:
+        release(0)
+
+
+@functools.cache
+def _release() -> Callable[[int], Any] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return None
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:
@@ -99,6 +134,57 @@ def _status(key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise LookupError(key)
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _left_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the control groups above this process leave of their memory; pages of files that can be dropped are not counted as used."""
+    try:
+        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return None
+    found: list[int] = []
+    for _, controllers, path in groups:
+        version2 = not controllers
+        if not version2 and "memory" not in controllers.split(","):
+            continue
+        base = root if version2 else root / "memory"
+        limit, used = ("memory.max", "memory.current") if version2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        place = base / path.lstrip("/")
+        for folder in (place, *place.parents):
+            if (left := _left_in(folder, limit, used)) is not None:
+                found.append(left)
+            if folder == base:
+                break
+    return min(found, default=None)
+
+
+def _left_in(folder: Path, limit: str, used: str) -> int | None:
+    try:
+        most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if not most.isdigit() or int(most) >= 2**60:
+        return None
+    return int(most) - now + int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
+
+
+def _left_of_limit() -> int | None:
+    try:
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        return None if most == resource.RLIM_INFINITY else most - _status("VmSize")
+    except (ImportError, OSError, LookupError):
+        return None
 
 
 def _cpu() -> str:

@@ -92,9 +92,11 @@ def per_sample_loss(loss: Any, *, batched: bool = True) -> Any:
     Raises
     ------
     InputError
-        for a loss module whose class weights cancel within one sample: a weighted mean over a single entry is w*l/w = l.
+        for a loss module whose class weights cancel within one sample: a weighted mean over a single entry is w*l/w = l; and for one
+        whose weights are those of the samples.
     """
-    if isinstance(loss, nn.Module) and getattr(loss, "weight", None) is not None and getattr(loss, "reduction", None) == "mean":
+    weighted = isinstance(loss, nn.Module) and getattr(loss, "weight", None) is not None
+    if weighted and getattr(loss, "reduction", None) == "mean" and not isinstance(loss, UNDIVIDED):
         raise InputError(
             f"{type(loss).__name__} with class weights and reduction='mean' loses the weights within one sample (w*l/w = l)",
             got="weight=..., reduction='mean'",
@@ -103,6 +105,7 @@ def per_sample_loss(loss: Any, *, batched: bool = True) -> Any:
         )
 
     def one(output: Tensor, target: Any) -> Tensor:
+        _same_for_all(loss, output)
         value = _tensor(loss(output, target), "the loss")
         return value.reshape(()) if value.numel() == 1 else value
 
@@ -126,6 +129,24 @@ def per_sample_loss(loss: Any, *, batched: bool = True) -> Any:
         return one(output.unsqueeze(0), rebuild(target, iter([tensor.unsqueeze(0) for _, tensor in walk(target, "target")])))
 
     return batch_loss if batched else single_loss
+
+
+ENTRYWISE = (nn.BCELoss, nn.BCEWithLogitsLoss)
+UNDIVIDED = (*ENTRYWISE, nn.MultiMarginLoss, nn.MultiLabelSoftMarginLoss)
+"""Losses whose mean is over entries or samples, not over weights."""
+
+
+def _same_for_all(loss: Any, output: Tensor) -> None:
+    """InputError where an entry-by-entry loss has weights for each sample of the batch: beside one sample they would all be repeated."""
+    for name in ("weight", "pos_weight"):
+        weight = getattr(loss, name, None) if isinstance(loss, ENTRYWISE) else None
+        if weight is not None and weight.ndim >= output.ndim and any(n != 1 for n in weight.shape[: weight.ndim - output.ndim + 1]):
+            raise InputError(
+                f"{type(loss).__name__} has a {name} for each sample of a batch, and the loss of one sample cannot tell its own",
+                got=f"{name} of shape {tuple(weight.shape)} beside an output of shape {tuple(output.shape)} for one sample",
+                expected=f"a {name} that all samples share, of shape {tuple(output.shape[1:])}",
+                hint="a function as loss, with the weights as part of the target: target=(t, w)",
+            )
 
 
 def detached(returned: Any) -> Any:

@@ -13,11 +13,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ._errors import OutputError, RandomnessError
+from ._graph import hides_uses
 from ._output import check_output
 from ._problem import Problem
 from ._signature import first_tensor
 from ._state import rng_kept
 from ._typing import Tensor
+from .rules import embedding
+
+UNBATCHED = frozenset({torch.native_group_norm})
+"""torch 2.13: vmap of the backward of its second and third output is wrong, with no error (F.group_norm has only the first)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class Facts:
     """Why f cannot be called with one sample, where it cannot though it can with the whole batch."""
     forward_unsafe: tuple[str, ...] = ()
     """Operations whose forward-mode derivative differs from the reverse-mode one."""
+    vmap_unsafe: tuple[str, ...] = ()
+    """Operations whose derivative under vmap is not that of the operation."""
+    reentrant: bool = False
+    """The graph has a node that runs a part of f again in the reverse pass (`torch.utils.checkpoint` with use_reentrant=True)."""
 
     @property
     def outputs(self) -> int:
@@ -78,6 +87,8 @@ def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] 
         tuple(counter.random),
         None,
         tuple(counter.unsafe),
+        tuple(counter.unbatched),
+        hides_uses(out),
     )
 
 
@@ -112,10 +123,13 @@ class _Counter(TorchFunctionMode):
         self.operations = self.flops = self.saved = self.written = 0
         self.random: dict[str, None] = {}
         self.unsafe: dict[str, None] = {}
+        self.unbatched: dict[str, None] = {}
         self.seen: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (F.embedding, F.embedding_bag) and (kwargs["weight"] if "weight" in kwargs else args[1]).requires_grad:
+            embedding.refuse(func, args, kwargs)
         state = random_state() if _may_be_random(func) else None
         out = func(*args, **kwargs)
         result = first_tensor(out)
@@ -125,6 +139,8 @@ class _Counter(TorchFunctionMode):
             self.written += result.numel() * result.element_size()
         if state is not None and state != random_state():
             self.random[(resolve_name(func) or getattr(func, "__name__", "a random operation")).removeprefix("torch.")] = None
+        if func in UNBATCHED:
+            self.unbatched[func.__name__] = None
         if func is F.embedding and (kwargs.get("padding_idx") is not None or (len(args) > 2 and args[2] is not None)):
             self.unsafe["embedding with padding_idx"] = None
         return out

@@ -136,7 +136,9 @@ class Pullback(Block):
         return self.inner_block.nbytes()
 
     def matmul(self, v: Tensor) -> Tensor:
-        return self.inner_block.matmul(torch.stack([self._push(column) for column in v.unbind(-1)], -1))
+        pushed = [self._push(column) for column in v.unbind(-1)]
+        found = [column for column in pushed if column is not None]
+        return self.inner_block.matmul(torch.stack(found, -1)) if len(found) == len(pushed) > 0 else super().matmul(v)
 
     def rmatmul(self, u: Tensor) -> Tensor:
         return self._pull(self.inner_block.rmatmul(u).movedim(-1, 0)).movedim(0, -1)
@@ -152,44 +154,66 @@ class Pullback(Block):
 
     def _pull(self, cotangents: Tensor) -> Tensor:
         """(K, *derived shape) -> (K, *shape): K vector-Jacobian products of the function."""
-        with torch.enable_grad():
-            found = (
-                [
-                    torch.autograd.grad(
-                        self.derived,
-                        self.parameter,
-                        g.to(self.derived.dtype),
-                        retain_graph=True,
-                        create_graph=self.attached,
-                        allow_unused=True,
-                    )[0]
-                    for g in cotangents.unbind()
-                ]
-                if self.attached or len(cotangents) == 1
-                else [
-                    *torch.autograd.grad(
-                        self.derived,
-                        self.parameter,
-                        cotangents.to(self.derived.dtype),
-                        retain_graph=True,
-                        allow_unused=True,
-                        is_grads_batched=True,
-                    )
-                ]
-            )
-        if len(found) == 1 and len(cotangents) != 1:
-            return found[0]
-        return torch.stack([torch.zeros_like(self.parameter) if row is None else row for row in found])
+        cotangents = cotangents.to(self.derived.dtype)
+        if not self.attached and len(cotangents) > 2:
+            rows = self._pulled_at_once(cotangents)
+            if rows is not None:
+                return rows
+        return torch.stack([self._pulled(g) for g in cotangents.unbind()])
 
-    def _push(self, v: Tensor) -> Tensor:
-        """d derived / d parameter . v, as the derivative of the vector-Jacobian product in its (linear) cotangent."""
+    def _pulled_at_once(self, cotangents: Tensor) -> Tensor | None:
+        """One batched pass, which torch does not run for every operation, and for some wrongly: a sum of rows is compared with its own."""
+        try:
+            (rows,) = torch.autograd.grad(
+                self.derived, self.parameter, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        except RuntimeError:
+            return None
+        if rows is None:
+            return self.parameter.detach().new_zeros(len(cotangents), *self.shape)
+        weights = (torch.arange(len(cotangents), dtype=torch.float64, device=rows.device) + 1).sin()
+        own = self._pulled(torch.tensordot(weights.to(cotangents.dtype), cotangents, 1))
+        mine, size = (torch.tensordot(w.to(rows.dtype), r, 1) for w, r in ((weights, rows), (weights.abs(), rows.abs())))
+        size = size.norm()
+        close = (own - mine).norm() <= 1e3 * max(torch.finfo(t.dtype).eps for t in (rows, cotangents)) * size
+        return rows if bool(close) or not bool(size.isfinite()) else None
+
+    def _pulled(self, cotangent: Tensor) -> Tensor:
         with torch.enable_grad():
-            w = torch.zeros_like(self.derived, requires_grad=True)
+            (row,) = torch.autograd.grad(
+                self.derived, self.parameter, cotangent, retain_graph=True, create_graph=self.attached, allow_unused=True
+            )
+        if row is None:
+            return torch.zeros_like(self.parameter)
+        return row.to_dense() if row.is_sparse else row
+
+    def _push(self, v: Tensor) -> Tensor | None:
+        """d derived / d parameter . v, as the derivative of the vector-Jacobian product in its (linear) cotangent.
+
+        None where torch has no such second derivative, or a wrong one: <push v, w> must be <v, pull w>, and is not for an embedding's
+        padding row or its scale by frequency.
+        """
+        with torch.enable_grad():
+            w = self._cotangent().requires_grad_()
             (pulled,) = torch.autograd.grad(self.derived, self.parameter, w, retain_graph=True, create_graph=True, allow_unused=True)
-            if pulled is None or not pulled.requires_grad:
+            if pulled is None:
                 return torch.zeros_like(self.derived)
-            (found,) = torch.autograd.grad(pulled, w, v.to(pulled.dtype), retain_graph=True, create_graph=self.attached)
-        return found
+            if not pulled.requires_grad:
+                return None
+            v = v.to(pulled.dtype)
+            try:
+                (found,) = torch.autograd.grad(pulled, w, v, retain_graph=True, create_graph=self.attached)
+            except (RuntimeError, NotImplementedError):  # the derivative of the backward is not implemented
+                return None
+        with torch.no_grad():
+            gap = (found * w).sum() - (pulled * v).sum()
+            size = found.norm() * w.norm() + pulled.norm() * v.norm()
+            return found if bool(gap.abs() <= 1e3 * torch.finfo(w.dtype).eps * size) else None
+
+    def _cotangent(self) -> Tensor:
+        """Something of the derived tensor's shape, the same each time, no two entries alike."""
+        numbers = torch.arange(self.derived.numel(), dtype=torch.float64, device=self.derived.device)
+        return (numbers + 1).sin().to(self.derived.dtype).view(self.derived.shape)
 
 
 def carried(block: Block, derived: Tensor, parameter: Tensor, *, attached: bool) -> Block:

@@ -12,10 +12,11 @@ from torch import nn
 
 from . import _algebra
 from ._errors import PartialsError
+from ._part import part, with_leaves
 from ._probe import Facts, look
 from ._problem import Problem
 from ._run import compute
-from ._signature import rebuild, walk
+from ._signature import walk
 from ._substitute import call_with, structural_copy
 from ._targets import Target
 from ._typing import Tensor
@@ -63,8 +64,8 @@ def reference(problem: Problem, facts: Facts) -> Reference | None:
     """
     if facts.random and problem.randomness == "different":
         return None
-    oracle = "loop" if METHODS["loop"].verdict(problem, facts).accepted else "grad"
-    own, name = str(problem.dtype).removeprefix("torch."), "the loop" if oracle == "loop" else "method 'grad'"
+    oracle = oracle_for(problem, facts)
+    own, name = str(problem.dtype).removeprefix("torch."), "the loop" if oracle == "loop" else f"method {oracle!r}"
     if facts.random:
         return _own(problem, facts, oracle, f"{name} in {own} from the same random state")
     if problem.dtype is torch.float64:
@@ -79,6 +80,11 @@ def reference(problem: Problem, facts: Facts) -> Reference | None:
     except Exception as error:  # whatever the user's code has against float64, its own dtype is left
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return _own(problem, facts, oracle, f"{name} in {own}, since {problem.name} does not run in float64 ({reason}),")
+
+
+def oracle_for(problem: Problem, facts: Facts) -> str:
+    """The plainest method that can run: batches of one, else reverse passes of the whole batch."""
+    return next((name for name in ("loop", "grad") if METHODS[name].verdict(problem, facts).accepted), "backward")
 
 
 def _own(problem: Problem, facts: Facts, oracle: str, words: str) -> Reference | None:
@@ -120,32 +126,21 @@ def _affordable(problem: Problem, facts: Facts) -> Tensor | None:
     return torch.linspace(0, problem.size - 1, count, device=device).round().long()
 
 
-# --- problems like a given one ---------------------------------------------------------------------------------------
-
-
-def part(problem: Problem, samples: Tensor) -> Problem:
-    """The same problem for the chosen samples (int64) only."""
-
-    def cut(tensor: Tensor, dim: int | None) -> Tensor:
-        return tensor if dim is None else tensor.detach().index_select(dim, samples).requires_grad_(tensor.requires_grad)
-
-    return _with_leaves(replace(problem, size=len(samples)), [cut(leaf.tensor, leaf.dim) for leaf in problem.leaves])
-
-
 def doubled(problem: Problem) -> Problem:
     """The same problem in float64: inputs cast, and in the place of a module a copy of its structure with float64 tensors."""
     casts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def cast(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.dtype is torch.float64:
+        wide = torch.complex128 if tensor.is_complex() else torch.float64 if tensor.is_floating_point() else tensor.dtype
+        if tensor.dtype is wide:
             return tensor
         if id(tensor) not in casts:
-            casts[id(tensor)] = (tensor, tensor.detach().double().requires_grad_(tensor.requires_grad))
+            casts[id(tensor)] = (tensor, tensor.detach().to(wide).requires_grad_(tensor.requires_grad))
         return casts[id(tensor)][1]
 
-    targets = tuple(replace(t, tensor=cast(t.tensor)) for t in problem.targets)
+    targets = tuple(Target.of(t.name, cast(t.own), t.kind, t.leaf) for t in problem.targets)
     leaves = [cast(leaf.tensor) for leaf in problem.leaves]
-    outside = [t.tensor for t in problem.targets if t.leaf is None]
+    outside = [t.own for t in problem.targets if t.leaf is None]
     owned = (
         [tensor for owner in problem.module.modules() for _, tensor in walk(_plain(vars(owner)), "")] if problem.module is not None else []
     )
@@ -158,22 +153,8 @@ def doubled(problem: Problem) -> Problem:
         def f(*args: Any, **kwargs: Any) -> Any:
             return call_with(problem.function, pairs, args, kwargs, attached=True)
 
-    return _with_leaves(replace(problem, function=f, module=module, targets=targets), leaves)
+    return with_leaves(replace(problem, function=f, module=module, targets=targets), leaves)
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if isinstance(value, Tensor | tuple | list | dict)}
-
-
-def _with_leaves(problem: Problem, tensors: list[Tensor]) -> Problem:
-    """The problem with other tensors among its arguments, in the order of its leaves."""
-    args, kwargs, wanted = rebuild((problem.args, problem.kwargs, problem.loss_target), iter(tensors))
-    by_name = {leaf.name: tensor for leaf, tensor in zip(problem.leaves, tensors, strict=True)}
-    return replace(
-        problem,
-        args=args,
-        kwargs=kwargs,
-        loss_target=wanted,
-        leaves=tuple(replace(leaf, tensor=by_name[leaf.name]) for leaf in problem.leaves),
-        targets=tuple(t if t.leaf is None else Target(t.name, by_name[t.leaf], t.kind, t.leaf) for t in problem.targets),
-    )

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from . import _algebra
+from . import _algebra, _pieces
 from ._algebra import Blocks
 from ._blocks import size_of
 from ._columns import Columns
-from ._errors import InputError, MethodError, PartialsError
-from ._plan import Plan, human_bytes
+from ._errors import InputError, MemoryBudgetError, MethodError, PartialsError
+from ._machine import share
+from ._pieces import Pieces, joined
+from ._plan import LARGE, Plan, human_bytes
 from ._typing import ByName, Shape, Tensor
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class AbstractJacobian(ABC):
     """Whether results carry a graph (`create_graph=True`)."""
     aux: Any = None
     origin: Origin = field(default_factory=Origin)
+    pieces: Pieces | None = field(default=None, kw_only=True)
+    """Where the rows are not held but had piece by piece: then `blocks` is empty."""
 
     @property
     def out(self) -> Shape:
@@ -96,12 +100,15 @@ class AbstractJacobian(ABC):
         InputError
             if `out` has another shape, dtype or device.
         """
+        if self.pieces is not None and out is None:
+            return self._dense_of_pieces()
         with self._reading():
-            if self.attached:
+            if self.attached and self.pieces is None:
                 return self._fold(
                     torch.cat([_algebra.rows(group).reshape(*self._flat, size_of(group[0].shape)) for group in self.blocks.values()], -1)
                 )
             if out is None:
+                self._demand(self.shape, self._dtype_of_rows())
                 out = torch.empty(self.shape, dtype=self._dtype_of_rows(), device=self.device)
             elif tuple(out.shape) != self.shape or out.dtype != self._dtype_of_rows() or out.device != self.device:
                 raise InputError(
@@ -109,10 +116,17 @@ class AbstractJacobian(ABC):
                     got=f"shape {tuple(out.shape)}, {out.dtype}, {out.device}",
                     expected=f"shape {self.shape}, {self._dtype_of_rows()}, {self.device}",
                 )
+            if self.pieces is not None:
+                return _pieces.dense(self, out)
             flat = out.view(*self._flat, self.columns.width) if out.is_contiguous() else out.new_empty(*self._flat, self.columns.width)
             _algebra.write(self.blocks, flat)
             return out if out.is_contiguous() else out.copy_(flat.reshape(self.shape))
 
+    @joined()
+    def _dense_of_pieces(self) -> Tensor:
+        return self.dense()
+
+    @joined()
     def norms(self, ord: float = 2) -> Tensor:
         """The norm of every row over all parameters together: (N, *out)."""
         with self._reading():
@@ -120,6 +134,7 @@ class AbstractJacobian(ABC):
                 return self._fold(_root(_algebra.all_squared_norms(self.blocks)))
             return self._fold(_algebra.other_norms(self.blocks, ord))
 
+    @joined(outputs=False)
     def gram_blocks(self) -> Tensor:
         """Each sample's own block of J J^T: (N, *out, *out)."""
         with self._reading():
@@ -132,6 +147,8 @@ class AbstractJacobian(ABC):
 
     def check(self, level: str = "quick") -> Report:
         """Compare this Jacobian with one ordinary backward, and samples of it with a batch of one. See `partials.check`."""
+        if self.pieces is not None:
+            return self.pieces.check(level)
         if self.origin.check is None:
             raise MethodError(
                 "a Jacobian of chosen or joined samples has no function to be checked against", hint="check the Jacobians it came from"
@@ -139,13 +156,19 @@ class AbstractJacobian(ABC):
         return self.origin.check(self, level)
 
     def __repr__(self) -> str:
+        if self.pieces is not None:
+            lines = [f"{type(self).__name__} {self.shape} {self.dtype} on {self.device}: computed piece by piece"]
+            return "\n".join([*lines, *self._lines()])
         held = sum(block.nbytes() for group in self.blocks.values() for block in group)
         rows = size_of(self.shape) * torch.finfo(self.dtype).bits // 8
         lines = [f"{type(self).__name__} {self.shape} {self.dtype} on {self.device}: {human_bytes(held)} held, {human_bytes(rows)} dense"]
+        return "\n".join([*lines, *self._lines()])
+
+    def _lines(self) -> list[str]:
         names = list(self.columns.shapes.items())
-        lines += [f"  {name:<32} {shape}" for name, shape in names[:12]]
+        lines = [f"  {name:<32} {shape}" for name, shape in names[:12]]
         lines += [f"  ... and {len(names) - 12} more"] * (len(names) > 12)
-        return "\n".join([*lines, f"  by {self.plan.method}" + (f", in chunks of {self.plan.chunk}" if self.plan.chunk else "")])
+        return [*lines, f"  by {self.plan.method}" + (f", in chunks of {self.plan.chunk}" if self.plan.chunk else "")]
 
     @property
     def _lead(self) -> Shape:
@@ -161,12 +184,16 @@ class AbstractJacobian(ABC):
         return t.reshape((*self._lead, *t.shape[2:]))
 
     def _dtype_of_rows(self) -> torch.dtype:
+        if self.pieces is not None:
+            return self.pieces.dtype()
         found = self.dtype
         for group in self.blocks.values():
             found = torch.promote_types(found, group[0].select(torch.arange(0)).dense().dtype)
         return found
 
+    @joined()
     def _rows_of(self, name: str) -> Tensor:
+        self._demand((*self._flat, *self.columns.shapes[self.columns.name(name)]), self.dtype)
         with self._reading():
             return self._fold(_algebra.rows(self.blocks[self.columns.name(name)]))
 
@@ -182,6 +209,9 @@ class AbstractJacobian(ABC):
                 got=f"{key!r}",
                 expected=f"an int, slice, list, mask or int64 tensor within {n} samples",
             ) from error
+        if self.pieces is not None:
+            values = self.values.index_select(0, index.to(self.device))
+            return replace(self, values=values, aux=None, pieces=self.pieces.select(index))
         with self._reading():
             chosen = _algebra.select(self.blocks, index)
             values = self.values.index_select(0, index.to(self.device))
@@ -198,6 +228,17 @@ class AbstractJacobian(ABC):
                     hint="compute the Jacobian again, or take what you need from it (dense, norms, ...) before the change",
                 )
         return torch.enable_grad() if self.attached else torch.no_grad()
+
+    def _demand(self, shape: Shape, dtype: torch.dtype) -> None:
+        """MemoryBudgetError where a large result would take more than its share of what is free."""
+        needed = size_of(shape) * dtype.itemsize
+        if needed > LARGE and needed > (room := share(self.device)):
+            raise MemoryBudgetError(
+                f"a result of shape {tuple(shape)} does not fit",
+                got=human_bytes(needed),
+                expected=f"at most {human_bytes(room)}, half of what is free",
+                hint="J.dense(out=...) into memory of your own (torch.from_file, say), or a quantity that needs no dense rows",
+            )
 
     @abstractmethod
     def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,11 +12,13 @@ import torch
 from . import capture
 from ._blocks import Block, Dense
 from ._columns import Columns
-from ._errors import MethodError
+from ._compat import has_hooks, is_compiled
+from ._errors import MethodError, PartialsError, listed
 from ._input_jacobian import InputJacobian
 from ._jacobian import Jacobian
+from ._machine import out_of_memory, share
 from ._output import detached
-from ._plan import Plan, Verdict, choose, known
+from ._plan import LARGE, Plan, TooLarge, Verdict, choose, human_bytes, known
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import Origin
@@ -32,10 +36,10 @@ def plan(problem: Problem, method: str = "auto") -> tuple[Plan, Facts]:
     demand_policy(problem, facts)
     with problem.running("recording the uses of parameters"), rng_kept(problem.targets[0].tensor.device):
         seen = capture.preview(problem, facts)
-    verdicts = (seen.verdict, *_textbook(problem, facts))
+    verdicts = (seen.verdict, *_textbook(problem, facts, seen.refused))
     wanted = "capture" if method == "auto" and seen.verdict.accepted else method
     made = _plan(problem, facts, verdicts, choose(verdicts, wanted, problem.budget))
-    made.uses = seen.uses
+    made.recorded = seen.uses
     return made, facts
 
 
@@ -43,12 +47,13 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
     """Plan and run: capture wherever it can, else the cheapest method. With "auto", where one fails while running, the next one runs."""
     known(method, NAMES)
     refused: dict[str, str] = {}
+    doubtful = False
     if method in ("auto", "capture") and problem.size:
         with problem.running("capturing the uses of parameters"):
-            computed, reasons = capture.attempt(problem)
-        if computed is not None:
-            return computed, _captured(problem, computed)
-        refused["capture"] = "; ".join(reasons)
+            tried = capture.attempt(problem)
+        refused, doubtful = tried.refused, tried.doubtful
+        if tried.computed is not None:
+            return replace(tried.computed, doubtful=doubtful or tried.computed.doubtful), _captured(problem, tried.computed)
         if method == "capture":
             raise MethodError(
                 "method='capture' cannot run here", got=refused["capture"], hint="method='auto', which takes the next method that can"
@@ -58,27 +63,49 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
     if not problem.size:
         with problem.running("asking what an output looks like"):
             return _empty(problem), _plan(problem, facts, _textbook(problem, facts), choose(_textbook(problem, facts), "auto", None))
+    failed: Exception | None = None
     while True:
-        verdicts = tuple(Verdict(v.method, refused[v.method]) if v.method in refused else v for v in _textbook(problem, facts))
+        verdicts = _textbook(problem, facts, refused)
+        if failed is not None and not any(v.accepted for v in verdicts):
+            raise failed
         made = _plan(
             problem,
             facts,
             (Verdict("capture", refused.get("capture", "not asked for")), *verdicts),
             choose(verdicts, method, problem.budget),
         )
+        _demand_room(problem, made)
         with problem.running(f"computing the Jacobian (method {made.method!r})"):
             try:
                 aux = _whole(problem)
                 computed = METHODS[made.method].run(problem, facts, made.chunk)
-                return replace(computed, aux=aux) if computed.aux is None else computed, made
+                return replace(computed, aux=aux if computed.aux is None else computed.aux, doubtful=doubtful), made
             except MethodError as error:
                 if method != "auto":
                     raise
                 refused[made.method] = f"{error.what}: {error.got}" if error.got else error.what
+            except PartialsError:
+                raise
+            except Exception as error:  # f ran on a plain sample just before: what fails here may be the method's way of running it
+                if method != "auto" or out_of_memory(error):
+                    raise
+                failed = failed or error
+                refused[made.method] = f"f fails there ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 
-def _textbook(problem: Problem, facts: Facts) -> tuple[Verdict, ...]:
-    return tuple(m.verdict(problem, facts) for m in METHODS.values())
+def _demand_room(problem: Problem, made: Plan) -> None:
+    """TooLarge where the rows would take more than their share of what is free."""
+    needed = made.chosen.cost.bytes if made.chosen.cost is not None else 0
+    if needed > LARGE and needed > (room := share(problem.targets[0].tensor.device)):
+        raise TooLarge(
+            f"the rows do not fit (method {made.method!r})",
+            got=human_bytes(needed),
+            expected=f"at most {human_bytes(room)}, half of what is free",
+        )
+
+
+def _textbook(problem: Problem, facts: Facts, refused: Mapping[str, str] = MappingProxyType({})) -> tuple[Verdict, ...]:
+    return tuple(Verdict(m.name, refused[m.name]) if m.name in refused else m.verdict(problem, facts) for m in METHODS.values())
 
 
 def _captured(problem: Problem, computed: Computed) -> Plan:
@@ -94,23 +121,22 @@ def _captured(problem: Problem, computed: Computed) -> Plan:
         asked=ask,
         samples=problem.size,
         outputs=tuple(computed.values.shape[1:]),
-        parameters={t.name: problem.shape_of(t) for t in problem.targets},
+        parameters=problem.shapes,
         dtype=str(problem.dtype).removeprefix("torch."),
-        uses=computed.uses,
+        recorded=computed.uses,
     )
 
 
 def wrap(problem: Problem, computed: Computed, made: Plan, origin: Origin) -> Jacobian | InputJacobian:
     """The user's object: rows of parameters, of inputs, or of parameters with those of inputs beside them."""
     values = computed.values if problem.batched else computed.values.squeeze(0)
-    made.notes += computed.notes
+    made.notes += [*computed.notes, *_remarks(problem)]
     aux = None if problem.picker.choice is None else detached(computed.aux)
-    origin = replace(origin, sources=computed.sources)
+    origin = Origin(origin.check, computed.sources)
 
     def columns(kind: str) -> Columns:
-        return Columns(
-            {t.name: problem.shape_of(t) for t in problem.targets if t.kind == kind}, dict(problem.aliases) if kind == "parameter" else {}
-        )
+        shapes = {t.name: problem.shapes[t.name] for t in problem.targets if t.kind == kind} if problem.inputs else problem.shapes
+        return Columns(shapes, problem.aliases if kind == "parameter" else {})
 
     inputs = None
     if problem.inputs:
@@ -119,8 +145,20 @@ def wrap(problem: Problem, computed: Computed, made: Plan, origin: Origin) -> Ja
         if not problem.parameters:
             return inputs
     blocks = {t.name: computed.blocks[t.name] for t in problem.parameters}
-    leaves = {t.name: t.tensor for t in problem.parameters}
+    leaves = {t.name: t.own for t in problem.parameters}
     return Jacobian(values, blocks, columns("parameter"), made, problem.batched, problem.create_graph, aux, origin, inputs, leaves)
+
+
+def _remarks(problem: Problem) -> list[str]:
+    """What was left out of f, or is read in one of several ways."""
+    notes = []
+    if problem.module is not None and any(is_compiled(module) for module in problem.module.modules()):
+        notes.append("compiled modules were run uncompiled: compiled code shows no operations")
+    if hooked := [t.name for t in problem.targets if has_hooks(t.own)]:
+        notes.append(f"hooks of {listed(hooked)} were not run: rows are derivatives of f, and a hook changes gradients")
+    if pairs := [t.name for t in problem.targets if t.pairs_of is not None]:
+        notes.append(f"complex {listed(pairs)}: rows by real and imaginary part, in a last dimension of two (torch.view_as_real)")
+    return notes
 
 
 def _plan(problem: Problem, facts: Facts, verdicts: tuple[Verdict, ...], chosen: Verdict) -> Plan:
@@ -131,7 +169,7 @@ def _plan(problem: Problem, facts: Facts, verdicts: tuple[Verdict, ...], chosen:
         asked=verdicts,
         samples=problem.size,
         outputs=facts.out_shape,
-        parameters={t.name: problem.shape_of(t) for t in problem.targets},
+        parameters=problem.shapes,
         dtype=str(problem.dtype).removeprefix("torch."),
         chunk=chosen.chunk,
         notes=notes,

@@ -21,7 +21,6 @@ from ._factors import Outer
 from ._gather import Gather, cat, in_chunks
 from ._pullback import Placed
 from ._random import Projection, key_of, matrix, words
-from ._stack import Stack
 from ._typing import Tensor
 from ._wide import wide
 
@@ -62,11 +61,6 @@ def projected(block: Block, S: Projection, like: Tensor) -> Tensor:
 
 
 @projected.register
-def _(block: Stack, S: Projection, like: Tensor) -> Tensor:
-    return torch.cat([_algebra.sum_of([projected(part, S, like) for part in segment]) for segment in block.segments])
-
-
-@projected.register
 def _(block: Placed, S: Projection, like: Tensor) -> Tensor:
     return projected(block.view, S.at(block.index), like)
 
@@ -103,11 +97,6 @@ def _scattered(block: Block, key: int, k: int, places: Tensor) -> Tensor:
         at, signs = _destinations(key, k, places[start : start + size_of(piece.shape)])
         parts.append(piece._by_samples(lambda few, at=at, signs=signs: _poured(few._flat(), at, signs, k)))
     return reduce(torch.add, parts)
-
-
-@_scattered.register
-def _(block: Stack, key: int, k: int, places: Tensor) -> Tensor:
-    return torch.cat([_algebra.sum_of([_scattered(part, key, k, places) for part in segment]) for segment in block.segments])
 
 
 @_scattered.register
@@ -166,11 +155,6 @@ def sides(k: int) -> tuple[int, int]:
 def two_sided(block: Block, A: Tensor, B: Tensor) -> Tensor:
     """A^T X B for each row X (d, e) of the block: A (d, x), B (e, y) -> (N, C, x, y)."""
     return block._by_samples(lambda few: A.T @ few._flat().unflatten(-1, (len(A), len(B))).to(A.dtype) @ B)
-
-
-@two_sided.register
-def _(block: Stack, A: Tensor, B: Tensor) -> Tensor:
-    return torch.cat([_algebra.sum_of([two_sided(part, A, B) for part in segment]) for segment in block.segments])
 
 
 @two_sided.register

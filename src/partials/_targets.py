@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ._errors import InputError, listed, near
-from ._signature import first_tensor, lookup, walk
+from ._modules import named_modules, named_parameters
+from ._signature import lookup, walk
 from ._typing import Function, Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Target:
     """A tensor to differentiate with respect to.
 
     A `parameter` is shared by all samples; an `input` has a part for each. `leaf` is its name among the arguments, None for
-    a tensor that the function finds by itself.
+    a tensor that the function finds by itself. A complex tensor is differentiated as pairs of real numbers: `tensor` is then
+    its view (..., 2) by `torch.view_as_real`, and `pairs_of` the tensor itself.
     """
 
     name: str
     tensor: Tensor
     kind: Literal["parameter", "input"]
     leaf: str | None = None
+    pairs_of: Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, kind: Literal["parameter", "input"], leaf: str | None = None) -> Target:
+        if is_lazy(tensor) or not tensor.is_complex():
+            return cls(name, tensor, kind, leaf)
+        return cls(name, torch.view_as_real(tensor), kind, leaf, tensor)
+
+    @property
+    def own(self) -> Tensor:
+        """The user's tensor."""
+        return self.tensor if self.pairs_of is None else self.pairs_of
+
+    def as_used(self, given: Tensor) -> Tensor:
+        """What the function uses where `given` stands for `tensor`."""
+        return given if self.pairs_of is None else torch.view_as_complex(given)
 
 
 Arguments = list[tuple[str, Tensor]]
@@ -39,10 +59,13 @@ def choose(
     if params is None and not isinstance(f, nn.Module):
         return _of_arguments(f, arguments, wrt, dims), {}
     source = f if params is None else params
+    for module in (f, params):
+        if isinstance(module, nn.Module):
+            demand_whole(module)
     outside, aliases = _outside(source)
     patterns = _patterns(wrt)
     if patterns is None:
-        targets = [Target(n, t, "parameter") for n, t in outside.items() if t.requires_grad or not isinstance(source, nn.Module)]
+        targets = [Target.of(n, t, "parameter") for n, t in outside.items() if t.requires_grad or not isinstance(source, nn.Module)]
         if not targets:
             raise InputError(
                 f"{name_of(f)} has no parameter to differentiate",
@@ -60,9 +83,9 @@ def choose(
                 hint="rename the input",
             )
         chosen = _match(patterns, [*outside, *aliases, *by_name])
-        targets = [Target(n, t, "input", n) for n, t in arguments if n in chosen]
+        targets = [Target.of(n, t, "input", n) for n, t in arguments if n in chosen]
         chosen = {aliases.get(n, n) for n in chosen}
-        targets += [Target(n, t, "parameter") for n, t in outside.items() if n in chosen]
+        targets += [Target.of(n, t, "parameter") for n, t in outside.items() if n in chosen]
     return _checked(targets), aliases
 
 
@@ -78,7 +101,7 @@ def _outside(source: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         first: dict[int, str] = {}
         named: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
-        for name, parameter in source.named_parameters(remove_duplicate=False):
+        for name, parameter in named_parameters(source):
             if id(parameter) in first:
                 aliases[name] = first[id(parameter)]
             else:
@@ -105,7 +128,7 @@ def _distinct(tensors: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str
         if id(tensor) in first:
             aliases[name] = first[id(tensor)]
             continue
-        if tensor.is_floating_point() and not tensor.requires_grad:
+        if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.requires_grad:
             raise InputError(
                 f"parameter {name!r} is detached: the function's use of it cannot be traced to this tensor",
                 got="requires_grad=False",
@@ -124,8 +147,8 @@ def _of_arguments(f: Function, arguments: Arguments, wrt: Any, dims: dict[str, i
     explicit = dims if isinstance(dims, dict) else {}
     if patterns is None:
         chosen = [name for name, tensor in arguments if tensor.requires_grad]
-        differentiable = [name for name, tensor in arguments if tensor.is_floating_point() or tensor.is_complex()]
         if not chosen:
+            differentiable = [name for name, tensor in arguments if tensor.is_floating_point() or tensor.is_complex()]
             raise InputError(
                 f"{name_of(f)} has no parameter to differentiate",
                 got=f"no tensor argument with requires_grad=True among {listed(n for n, _ in arguments)}",
@@ -133,22 +156,20 @@ def _of_arguments(f: Function, arguments: Arguments, wrt: Any, dims: dict[str, i
                 hint=f"wrt={tuple(differentiable[1:] or differentiable)!r} to name them, "
                 "or params=module for tensors that the function uses from outside",
             )
-        if (
-            len(chosen) == len(differentiable)
-            and len(chosen) == len(arguments)
-            and not any(lookup(explicit, n)[1] is not None for n in chosen)
-        ):
+        if len(chosen) == len(arguments) and not any(lookup(explicit, n)[1] is not None for n in chosen):
             raise InputError(
                 f"all tensor arguments of {name_of(f)} require grad, so which are parameters is not known",
                 got=listed(chosen),
                 expected="parameters that require grad beside inputs that do not",
                 hint=f"wrt={tuple(chosen[1:]) or tuple(chosen)!r} to name the parameters",
             )
+        if not explicit:
+            return _checked([Target.of(n, t, "parameter", n) for n, t in arguments if t.requires_grad])
     else:
-        matched = _match(patterns, [name for name, _ in arguments])
-        chosen = [name for name, _ in arguments if name in matched]
-    inputs = _inputs_among(arguments, set(chosen), explicit, named=patterns is not None)
-    return _checked([Target(n, t, "input" if n in inputs else "parameter", n) for n, t in arguments if n in set(chosen)])
+        chosen = list(_match(patterns, [name for name, _ in arguments]))
+    names = set(chosen)
+    inputs = _inputs_among(arguments, names, explicit, named=patterns is not None)
+    return _checked([Target.of(n, t, "input" if n in inputs else "parameter", n) for n, t in arguments if n in names])
 
 
 def _inputs_among(arguments: Arguments, chosen: set[str], explicit: dict[str, int | None], *, named: bool) -> set[str]:
@@ -206,29 +227,70 @@ def _match(patterns: list[str], known: list[str]) -> set[str]:
     return found
 
 
+def demand_values(what: str, tensor: Tensor) -> None:
+    """InputError for a tensor whose numbers are not here."""
+    if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
+        return
+    if is_lazy(tensor):
+        raise InputError(
+            f"{what} is not initialised", got="a lazy parameter without a shape", expected="a tensor", hint="run the module once: module(x)"
+        )
+    if tensor.is_meta:
+        raise InputError(
+            f"{what} has no values", got="a tensor on the meta device", expected="a tensor with values", hint="module.to_empty(device=...)"
+        )
+    if type(tensor) is not Tensor and hasattr(tensor, "full_tensor"):
+        raise InputError(
+            f"{what} is sharded over processes",
+            got=type(tensor).__name__,
+            expected="a whole tensor in this process",
+            hint="a module whose parameters are whole: full_tensor() of each, or FSDP's summon_full_params",
+        )
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise InputError(
+            f"{what} is not a dense tensor",
+            got="a nested tensor" if tensor.is_nested else str(tensor.layout),
+            expected="a dense tensor",
+            hint="tensor.to_padded_tensor(0.0), and its lengths as another input" if tensor.is_nested else "tensor.to_dense()",
+        )
+
+
+def demand_whole(module: nn.Module) -> None:
+    """InputError for a parameter, asked for or not, whose numbers are not here: a run would initialise it, or gather it."""
+    for name, layer in named_modules(module):
+        if type(layer).__name__ == "FullyShardedDataParallel":
+            raise InputError(
+                f"the parameters of {name.removesuffix('.') or 'the module'} are sharded over processes",
+                got=type(layer).__name__,
+                expected="a whole tensor for each parameter in this process",
+                hint="the module before it is wrapped: samples, not parameters, can be spread over processes",
+            )
+    for name, parameter in named_parameters(module):
+        demand_values(f"parameter {name!r}", parameter)
+
+
 def _checked(targets: list[Target]) -> list[Target]:
     for target in targets:
-        if target.tensor.is_complex():
-            raise InputError(
-                f"{target.kind} {target.name!r} is complex, which is not supported yet",
-                got=str(target.tensor.dtype),
-                expected="a real floating-point tensor",
-                hint="torch.view_as_real, with the real and imaginary parts as parameters",
-            )
+        demand_values(f"{target.kind} {target.name!r}", target.own)
         if not target.tensor.is_floating_point():
             raise InputError(
-                f"{target.kind} {target.name!r} is not differentiable",
+                f"{target.kind} {target.name!r} is {'quantised: ' if target.tensor.is_quantized else ''}not differentiable",
                 got=str(target.tensor.dtype),
                 expected="a floating-point tensor",
-                hint="convert it with .float(), or leave it out of wrt",
+                hint="its .dequantize()" if target.tensor.is_quantized else "convert it with .float(), or leave it out of wrt",
             )
     return targets
 
 
-def arguments_of(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    pairs = (*zip(names, args, strict=True), *kwargs.items())
-    if not any(first_tensor(value) is not None for _, value in pairs):
+def arguments_of(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    found: Arguments = []
+    for name, value in (*zip(names, args, strict=True), *kwargs.items()):
+        if isinstance(value, Tensor):
+            found.append((name, value))
+        else:
+            found += walk(value, name)
+    if not found:
         raise InputError(
             "no input was given", got="no tensor among the arguments", expected="at least one tensor", hint="pt.jacobian(f, x)"
         )
-    return [(name, tensor) for argument, value in pairs for name, tensor in walk(value, argument)]
+    return found

@@ -12,7 +12,6 @@ from ._conv import Conv
 from ._factors import Outer
 from ._gather import Gather
 from ._pullback import Placed
-from ._stack import Stack
 from ._typing import Tensor
 
 
@@ -41,11 +40,6 @@ def _(block: Gather, dtype: torch.dtype) -> Block:
 @wide.register
 def _(block: Placed, dtype: torch.dtype) -> Block:
     return replace(block, view=wide(block.view, dtype))
-
-
-@wide.register
-def _(block: Stack, dtype: torch.dtype) -> Block:
-    return Stack(tuple(tuple(wide(part, dtype) for part in segment) for segment in block.segments))
 
 
 def _promoted(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from partials import _factors, _gather
+from partials import _factors, _gather, _room
 from partials._blocks import Block, Dense
 from partials._factors import Outer
 from partials._gather import Gather
@@ -45,14 +45,9 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-@contextmanager
-def budget_of(size: int | None) -> Iterator[None]:
+def budget_of(size: int | None) -> AbstractContextManager[None]:
     """Temporaries of `size` bytes, so that small blocks are cut into chunks as large ones are."""
-    with pytest.MonkeyPatch.context() as patch:
-        if size is not None:
-            patch.setattr(_gather, "budget", lambda like: size)
-            patch.setattr(_factors, "budget", lambda like: size)
-        yield
+    return nullcontext() if size is None else _room.limited(size)
 
 
 def randn(*shape: int) -> Tensor:

@@ -196,21 +196,6 @@ def test_sum_of_rows_is_one_backward(made):
             near(parts[name], torch.zeros_like(p) if g is None else g)
 
 
-def test_chunks_do_not_change_anything():
-    for name in ("mlp", "cnn", "matrix_output", "time_first"):
-        whole = Made(name, "vmap")
-        chunks = {whole.J.plan.chunk}
-        for room in (2**k for k in range(6, 20)):
-            try:
-                J = whole.call.jacobian(method="vmap", check="never", max_memory=whole.full.numel() * 8 + room)
-            except pt.MemoryBudgetError:
-                continue
-            chunks.add(J.plan.chunk)
-            near(J.dense(), whole.full)
-            near(J.values, whole.values)
-        assert {None, 1} < chunks
-
-
 # --- clipping ----------------------------------------------------------------------------------------------------
 
 

@@ -109,8 +109,8 @@ def test_memory_budget():
     lines = str(error.value).splitlines()
     assert lines[0] == "the result does not fit within max_memory"
     assert lines[1] == "  got       max_memory of 100 B"
-    assert lines[2].startswith("  expected  at least ") and lines[2].endswith("(method 'loop')")
-    assert lines[3] == "  try       fewer samples or parameters at once, or a larger max_memory"
+    assert lines[2].startswith("  expected  at least ") and lines[2].endswith("for the result and one piece of the smallest size")
+    assert lines[3] == "  try       fewer samples or parameters at once, out= where a quantity takes it, or a larger max_memory"
 
 
 # --- the Jacobian's own sentences --------------------------------------------------------------------------------

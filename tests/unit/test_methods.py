@@ -249,19 +249,6 @@ def test_derivatives_inside_f(method):
 # --- budgets -----------------------------------------------------------------------------------------------------
 
 
-def test_budget_is_kept_by_choosing_and_by_chunks():
-    model, x = modules.mlp().double(), data(64, 4)
-    result = 64 * 3 * 43 * 8
-    whole = jac(model, x, method="vmap")
-    assert whole.plan.chunk is None
-    small = jac(model, x, method="vmap", max_memory=result + 20_000)
-    assert small.plan.chunk is not None and small.plan.chunk < 64
-    torch.testing.assert_close(small.dense(), whole.dense())
-    forward = jac(model, x, method="forward", max_memory=result + 40_000)
-    assert forward.plan.chunk is not None and forward.plan.chunk < 43
-    torch.testing.assert_close(forward.dense(), whole.dense())
-
-
 @pytest.mark.parametrize(("text", "bytes_"), [(10**9, 10**9), ("10 MB", 10**7), ("1GiB", 2**30), ("1.5 KiB", 1536), (2.5e6, 2_500_000)])
 def test_amounts_of_memory(text, bytes_):
     from partials._plan import parse_bytes

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import partials as pt
-from partials import _algebra, _blocks, _solve
+from partials import _blocks, _room, _solve
 from partials._blocks import Dense
 from partials._factors import Outer
 from partials._pullback import Pullback
@@ -160,7 +160,7 @@ def test_solve_is_differentiable():
 
 
 def test_pieces_change_nothing(made, monkeypatch):
-    J, H, D = made
+    J, H, _ = made
     asked = {
         "normal": lambda: J.normal(H),
         "variance": lambda: J.variance(),
@@ -169,8 +169,7 @@ def test_pieces_change_nothing(made, monkeypatch):
         "gram of formed rows": lambda: _blocks.Block.gram(*[J.blocks[J.names[0]][0]] * 2),
     }
     before = {name: ask() for name, ask in asked.items()}
-    for module in (_algebra, _blocks):
-        monkeypatch.setattr(module, "ROOM", 1)
+    monkeypatch.setattr(_room, "rows", lambda: 1)
     for name, ask in asked.items():
         torch.testing.assert_close(ask(), before[name], rtol=1e-10, atol=1e-12)
     one = J.blocks[J.names[0]][0]
@@ -276,3 +275,12 @@ def test_linear_operators_in_other_dtypes(dtype, numpy):
     J = pt.jacobian(nn.Linear(3, 2).to(dtype), torch.randn(5, 3, dtype=dtype), check="never")
     A = J.as_linear_operator()
     assert A.dtype == numpy and (A @ np.ones(8)).dtype == numpy and A.shape == (10, 8)
+
+
+def test_joined_jacobians_are_solved_as_one():
+    J, D = linear(40, 3, dtype=torch.float32)
+    halves, r = pt.concat([J[:15], J[15:]]), torch.randn(40)
+    for method in METHODS:
+        found, expected = (x.solve(r, 0.1, method=method, dtype=torch.float64, tolerance=1e-12) for x in (halves, J))
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(halves.as_linear_operator() @ np.ones(3), D.sum(1).numpy(), rtol=1e-5)

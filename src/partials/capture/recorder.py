@@ -9,19 +9,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from .. import _compat
 from .._graph import reached
+from .._probe import UNBATCHED
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
-from ..rules import ELEMENTWISE, RULES, ConvPart, Declined, ExpandedPart, NoRule, Part
+from ..rules import (
+    COMPOSITES,
+    ELEMENTWISE,
+    PHYSICAL,
+    REPEATED,
+    RULES,
+    Declined,
+    ExpandedPart,
+    NoRule,
+    Part,
+    Run,
+    SumPart,
+    embedding,
+    keep,
+    with_data,
+)
+from .course import Course, contents, form, wrapped
+from .layout import FIRST, Layout
+from .trace import Placement, Refused, Trace, Use, edge_of, label
 
 EXPANDS = {
     torch.Tensor.expand,
@@ -33,45 +51,30 @@ EXPANDS = {
     torch.Tensor.tile,
 }
 """Operations that can give a parameter a sample dimension of its own: a class token expanded to the batch."""
-_MARK = "_partials_sample"
-
-
-@dataclass
-class Use:
-    """One recorded use: the edge whose cotangent is wanted, and the part that turns it into a block."""
-
-    operation: str
-    part: Part
-    edge: GradientEdge
-    shape: tuple[int, ...]
-    order: tuple[int, ...] | None = None
-    """In a vmapped run: the permutation that brings the batch dimension of the edge's tensor to the front."""
-    merged: bool = False
-    """In a vmapped run: the batch dimension of one that f saw is merged with the samples."""
-    known_layout: bool = False
-    saved: tuple[tuple[Tensor, int], ...] = ()
-    """Tensors that the block will read, with their versions when they were recorded."""
-
-
-@dataclass
-class Trace:
-    """What one run of f recorded."""
-
-    uses: list[Use] = field(default_factory=list)
-    stops: dict[Any, list[Any]] = field(default_factory=dict)
-    """Graph node of a recorded edge -> nodes of its data inputs, from which the completeness walk goes on."""
-    nested: bool = False
-    """f called torch.autograd.grad itself."""
-    refused: str = ""
-    expanded: list[str] = field(default_factory=list)
-
-
-class Refused(Exception):
-    """This run cannot be captured; the text says why."""
+ROUTES = frozenset(
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in (
+        *("index_select", "gather", "take", "take_along_dim", "masked_select", "sort", "argsort", "topk", "nonzero", "argwhere"),
+        *("index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
+        *("index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter_"),
+        *("repeat_interleave", "tensor_split", "unique", "unique_consecutive", "numpy", "__array__"),
+    )
+    if hasattr(owner, name)
+)
+"""Operations by which data decide where samples go: a layout measured for some data is none for others."""
+LONGEST = 4096
+"""Steps of packed sequences whose lengths are remembered."""
+_PICKS = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 
 class Recorder(TorchFunctionMode):
     """Records into `trace`. With `expand_unknown`, operations without a rule get their parameter expanded over the samples."""
+
+    open = True
+    """Whether uses are recorded: the run is not over."""
+    known_samples = True
+    """Whether the course follows the samples from given inputs; else `depends` says what is data."""
 
     def __init__(
         self, wanted: Mapping[str, Tensor], samples: Iterable[Tensor], size: int, *, expand_unknown: bool = False, attached: bool = False
@@ -80,44 +83,93 @@ class Recorder(TorchFunctionMode):
         self.wanted, self.size = wanted, size
         self.expand_unknown, self.attached = expand_unknown, attached
         self.trace = Trace()
-        self.token = object()
+        self.course = Course(samples, size)
+        self.trace.course = self.course.entries
+        self.transforming = False
+        """Whether a torch.func transform is running, at the present operation."""
         self.level: int | None = None
         """In a vmapped run: the number of our own vmap, whose mapped dimension is the samples."""
-        self.samples = {id(t) for t in samples}
         self.leads: dict[int, tuple[Tensor, bool]] = {id(t): (t, True) for t in wanted.values()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
-        depends, parameters = self._scan(tensors)
+        self.transforming = _compat.transforming()
+        depends, parameters = self._scan(func, args, kwargs)
         if parameters and torch.is_grad_enabled():
             if depends:
-                out = self._use(func, args, kwargs, parameters, tensors)
+                out = self._use(func, args, kwargs, parameters, tensors_in((*args, *kwargs.values()) if kwargs else args))
             elif func in EXPANDS and not self.expand_unknown and self._gains_samples(out := func(*args, **kwargs), args[0]):
                 out = self._record_expanded(func, args[0], out)
                 depends = True
+            elif func in REPEATED and not self.expand_unknown and (once := REPEATED[func](*args, **kwargs)):
+                out = func(once[0], *args[1:], **kwargs)
+                with self:
+                    return out.expand(once[1])
             elif func not in EXPANDS or self.expand_unknown:
                 out = func(*args, **kwargs)
         else:
-            out = func(*args, **kwargs)
+            out = self._at_once(func, args, kwargs) if depends and func in PHYSICAL else func(*args, **kwargs)
             if func is torch.autograd.grad:
                 self.trace.nested = True
         if depends:
             self._mark(out, func, args)
+            if func in UNBATCHED:
+                self.trace.one_by_one = True
+                if self.expand_unknown:
+                    raise Refused(f"torch's derivative of {label(func)} under vmap is wrong")
+            if func is _compat.PACK:
+                self._note_lengths(out)
+            elif func in ROUTES or (func in _PICKS and _by_data(args[1])):
+                self.trace.routed = True
         return out
 
-    def _scan(self, tensors: list[Tensor]) -> tuple[bool, list[Tensor]]:
-        """Whether any tensor depends on the samples, and the tensors that lead to wanted parameters and do not."""
-        depends, parameters = False, []
-        for t in tensors:
-            if self.depends(t):
-                depends = True
-            elif t.requires_grad and self.leads_to_wanted(t):
-                parameters.append(t)
+    def _note_lengths(self, packed: Any) -> None:
+        """Where packing put the samples: layouts hold wherever the lengths were the same."""
+        lengths = tuple(packed[1].tolist())
+        self.trace.routed |= len(lengths) > LONGEST
+        self.course.entries.append(lengths)
+
+    def _scan(self, func: Any, args: Any, kwargs: Any) -> tuple[bool, list[Tensor]]:
+        """Whether any tensor depends on the samples, and the tensors that lead to wanted parameters and do not.
+
+        An operation on the samples goes into the course.
+        """
+        entries = self.course.entries
+        before = len(entries)
+        entries.append(func)
+        parameters: list[Tensor] = []
+        depends = self._meet(func, args, parameters)
+        if kwargs:
+            entries += kwargs
+            depends |= self._meet(func, kwargs.values(), parameters)
+        if not depends:
+            del entries[before:]
         return depends, parameters
 
+    def _meet(self, func: Any, values: Iterable[Any], parameters: list[Tensor]) -> bool:
+        depends, course = False, self.course
+        for value in values:
+            if isinstance(value, Tensor):
+                entry: Any = course.number(value)
+                if entry or (self.transforming and (entry := wrapped(value, course))):
+                    depends = True
+                elif not self.known_samples and self.depends(value):
+                    depends, entry = True, "data"
+                elif value.requires_grad and self.leads_to_wanted(value):
+                    parameters.append(value)
+                    entry = value.shape
+                else:
+                    entry = form(value.shape, course.n)
+                course.entries.append(entry)
+            elif (inner := contents(value)) is None:
+                course.note(func, value)
+            else:
+                course.entries.append(len(inner))
+                depends |= self._meet(func, inner, parameters)
+        return depends
+
     def depends(self, t: Tensor) -> bool:
-        return getattr(t, _MARK, None) is self.token or id(t) in self.samples or _compat.transform_of(t) == "vmap"
+        return bool(self.course.number(t)) or _compat.transform_of(t) == "vmap"
 
     def leads_to_wanted(self, t: Tensor) -> bool:
         known = self.leads.get(id(t))
@@ -127,33 +179,47 @@ class Recorder(TorchFunctionMode):
         return known[1]
 
     def _mark(self, out: Any, func: Any, args: Any) -> None:
+        mark = self.course.mark
         if isinstance(out, Tensor):
-            setattr(out, _MARK, self.token)
+            self.trace.dtypes.add(out.dtype)
+            mark(out)
         elif isinstance(out, tuple | list):
             for _, t in walk(out, ""):
-                setattr(t, _MARK, self.token)
-        name = getattr(func, "__name__", "")
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+                mark(t)
+        if writes(func):
             target = args[0]
             for written in (target, target._base) if isinstance(target, Tensor) else ():
                 if written is not None and not self.leads.get(id(written), (None, False))[1]:
-                    setattr(written, _MARK, self.token)
+                    mark(written)
 
     def _use(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor], tensors: list[Tensor]) -> Any:
-        transforms = {_compat.transform_of(t) for t in tensors}
-        if "other" in transforms or ("vmap" in transforms and not _compat.PRIVATE):
-            raise Refused(f"{label(func)} runs inside a torch.func transform within f")
+        embedding.refuse(func, args, kwargs)
+        transforms: set[str] = set()
+        if self.transforming:
+            transforms = {_compat.transform_of(t) for t in tensors}
+            if "other" in transforms or ("vmap" in transforms and not _compat.PRIVATE):
+                raise Refused(f"{label(func)} runs inside a torch.func transform within f")
+        if any(t.is_complex() for t in (tensors if func in RULES else parameters)):
+            raise Refused(f"{label(func)} is complex arithmetic, for which there are no factors")
         expandable = self.expand_unknown or "vmap" in transforms  # (along our own vmap, or what the user's own maps over)
         if func in RULES:
             try:
                 return self._by_rule(func, args, kwargs, parameters)
             except NoRule as declined:
-                if not expandable:
+                if not (expandable and declined.expandable):
                     raise Refused(f"{label(func)}: {declined}") from None
                 return self._by_expansion(func, args, kwargs, parameters)
         if func in ELEMENTWISE and not expandable:
-            shape = broadcast([t.shape for t in tensors])
+            shape = broadcast([t.shape for t in tensors_in((*args, *kwargs.values()))])
             return self._with_expanded(func, args, kwargs, parameters, lambda p: p.expand(shape) if p.shape != shape else p.view_as(p))
+        if func in COMPOSITES:
+            try:
+                with self:
+                    return COMPOSITES[func](Run(self.depends, self.attached or "vmap" in transforms), *args, **kwargs)
+            except NoRule as declined:
+                if not (expandable and declined.expandable):
+                    raise Refused(f"{label(func)}: {declined}") from None
+                return self._by_expansion(func, args, kwargs, parameters)
         body = _compat.body_of(func) if isinstance(func, FunctionType) else None
         if body is not None:
             with self:
@@ -164,37 +230,71 @@ class Recorder(TorchFunctionMode):
 
     def _by_rule(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
         mine = {id(p) for p in parameters}
-        parts = [part for part in RULES[func](*args, **kwargs) if id(part.parameter) in mine]
-        for part in parts:
-            if isinstance(part, Declined):
-                raise NoRule(part.reason)
-        if {id(part.parameter) for part in parts} != mine:
+        parts, told = [], set()
+        for part in RULES[func](*args, **kwargs):
+            if (key := id(part.parameter)) in mine:
+                if type(part) is Declined:
+                    raise NoRule(part.reason)
+                parts.append(part)
+                told.add(key)
+        if told != mine:
             raise NoRule("the rule says nothing about one of its parameters")
         out = func(*args, **kwargs)
         if not isinstance(out, Tensor):
             raise NoRule("an operation with several outputs")
-        raw, order = _compat.unwrapped(out)
+        raw, order = _compat.unwrapped(out) if self.transforming else (out, None)
         if raw._is_view():
             out, raw = _compat.own_memory(out)
-        merged = raw is not out and any(isinstance(part, ConvPart) or getattr(part, "channel", 0) for part in parts)
-        if merged and any(t.ndim and t.shape[0] != 1 for t in (out, *(t for part in parts for t in read_by(part)))):
-            raise NoRule("an operation on one sample without its batch dimension")
-        edge = get_gradient_edge(raw)
+        place = Placement(raw.shape)
+        if raw is not out:
+            assert order is not None
+            levels, merges = raw.ndim - out.ndim, any(part.batched for part in parts)
+            if merges and levels > 1:
+                raise NoRule("a batch within several vmaps")
+            place = Placement(torch.Size([raw.shape[d] for d in order]), order, levels, merges)
+            parts = [self._beneath(part, place) for part in parts]
+        edge = edge_of(raw)
         self.trace.stops[edge.node] = [t.grad_fn for t in self._data(args, kwargs, mine) if t.grad_fn is not None]
         for part in parts:
-            physical = part if raw is out else with_data(part, lambda t: self._physical(t, merged))
-            self._add(func, physical, edge, tuple(raw.shape), order if raw is not out else None, merged=merged)
+            self._add(func, part, edge, place)
         return out
 
-    def _physical(self, t: Tensor, merged: bool) -> Tensor:
-        """The tensor beneath vmap, samples first; with `merged`, the batch dimension of one that f saw is merged with them."""
+    def _beneath(self, part: Part, place: Placement) -> Part:
+        """The part with its data as it is beneath vmap."""
+        rank = len(place.whole) - place.levels if type(part) is SumPart else 0  # (what broadcasts in a product, broadcasts beneath too)
+        return with_data(part, lambda t: self._physical(t, place, rank))
+
+    def _physical(self, t: Tensor, place: Placement, rank: int = 0) -> Tensor:
+        """The tensor beneath vmap with the mapped dimensions of the output in front, of at least `rank` dimensions behind them."""
         raw, order = _compat.unwrapped(t)
+        mapped = place.whole[: place.levels]
         if raw is t:
-            return t.expand(self.size, *t.shape)
-        return raw.permute(order).flatten(0, 1) if merged else raw.permute(order)
+            raw = t.expand(*mapped, *t.shape)
+        elif raw.ndim - t.ndim != place.levels:
+            raise NoRule("arguments of different vmaps")
+        else:
+            raw = raw.permute(order)
+        if t.ndim < rank:
+            raw = raw.reshape(*mapped, *(1,) * (rank - t.ndim), *t.shape)
+        return raw.flatten(0, 1) if place.merged else raw
+
+    def _at_once(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation that vmap would run sample by sample, on the batch beneath our vmap."""
+        tensors = tensors_in((*args, *kwargs.values()))
+        below = [_compat.unwrapped(t)[0] for t in tensors]
+        one_level = all(raw.ndim - t.ndim == (raw is not t) for raw, t in zip(below, tensors, strict=True))
+        if self.level is None or self.level != _compat.current_level() or not one_level:
+            return func(*args, **kwargs)
+        place = Placement(torch.Size([self.size]), levels=1)
+        whole, named = rebuild((args, kwargs), iter([self._physical(t, place) for t in tensors]))
+        try:
+            return _compat.batched(PHYSICAL[func](*whole, **named), self.level)
+        except NoRule:
+            return func(*args, **kwargs)
 
     def _data(self, args: Any, kwargs: Any, mine: set[int]) -> list[Tensor]:
-        return [_compat.unwrapped(t)[0] for t in tensors_in((*args, *kwargs.values())) if id(t) not in mine]
+        others = [t for t in tensors_in((*args, *kwargs.values()) if kwargs else args) if t.requires_grad and id(t) not in mine]
+        return [_compat.unwrapped(t)[0] for t in others] if self.transforming else others
 
     def _by_expansion(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
         """The parameter as (N, *shape), one for each sample, seen by vmap as the sample's own: its cotangent is the block.
@@ -220,17 +320,31 @@ class Recorder(TorchFunctionMode):
         for p in parameters:
             if id(p) not in swapped:
                 wide = expand(p)
-                self._record_expanded(func, p, wide, known=self.level is not None)
+                self._record_expanded(func, p, wide)
                 swapped[id(p)] = wide if wrap is None else wrap(wide)
         new_args, new_kwargs = rebuild(
             (args, kwargs), iter([swapped[id(t)] if id(t) in mine else t for t in tensors_in((*args, *kwargs.values()))])
         )
-        return func(*new_args, **new_kwargs)
+        if wrap is None:
+            return func(*new_args, **new_kwargs)
+        try:
+            out = func(*new_args, **new_kwargs)
+        except Exception as error:  # it ran with the parameter itself: what fails is the expansion
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise Refused(f"{label(func)} cannot be run with its parameter expanded ({first})") from error
+        found = [_compat.unwrapped(t)[0] for t in tensors_in((out,)) if t.is_floating_point()]
+        seen = any(t.requires_grad for t in found)
+        if seen and isinstance(func, FunctionType):  # (Python code may ask whether its arguments require grad: under vmap none does)
+            nodes = {str(key): _compat.unwrapped(wide)[0] for key, wide in swapped.items()}
+            seen = any(reached(t, nodes) for t in found)
+        if found and not seen:
+            raise Refused(f"{label(func)} loses the derivative of its parameter when that is expanded")
+        return out
 
-    def _record_expanded(self, func: Any, p: Tensor, wide: Tensor, *, known: bool = False) -> Tensor:
+    def _record_expanded(self, func: Any, p: Tensor, wide: Tensor) -> Tensor:
         edge = get_gradient_edge(wide)
         self.trace.stops[edge.node] = []
-        self._add(func, ExpandedPart(p, wide), edge, tuple(wide.shape), None, known=known)
+        self._add(func, ExpandedPart(p, wide), edge, Placement(wide.shape))
         return wide
 
     def _gains_samples(self, out: Any, before: Tensor) -> bool:
@@ -240,21 +354,25 @@ class Recorder(TorchFunctionMode):
         old = (1,) * (out.ndim - before.ndim) + tuple(before.shape)
         return any(new != size and new % self.size == 0 for size, new in zip(old, out.shape, strict=True))
 
-    def _add(
-        self,
-        func: Any,
-        part: Part,
-        edge: GradientEdge,
-        shape: tuple[int, ...],
-        order: tuple[int, ...] | None,
-        *,
-        merged: bool = False,
-        known: bool = False,
-    ) -> None:
-        if not self.attached:
-            part = detached(part)
-        saved = tuple((t, t._version) for t in read_by(part))
-        self.trace.uses.append(Use(label(func), part, edge, shape, order, merged, known, saved))
+    def _add(self, func: Any, part: Part, edge: GradientEdge, place: Placement) -> None:
+        trace, course = self.trace, self.course
+        if not trace.edges or trace.edges[-1] is not edge:
+            trace.edges.append(edge)
+        if not self.attached and type(part) is ExpandedPart:
+            part.expanded = part.parameter
+        saved = tuple(keep(part, attached=self.attached))
+        shape, order = place.shape, place.order
+        if order is not None and not place.merged and order == tuple(range(len(order))):
+            order = None  # (they are in front already)
+        layout = None if self.level is None else Layout(0, 1, place.whole[1]) if place.merged and place.whole[1] != 1 else FIRST
+        kind: Any = type(part)
+        course.entries += (kind, form(shape, course.n))
+        trace.uses.append(Use(func, part, len(trace.edges) - 1, shape, order, place.merged, layout, saved))
+
+
+def _by_data(index: Any) -> bool:
+    """Whether an index picks entries by a tensor or a list, not by numbers and slices alone."""
+    return any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,)))
 
 
 def broadcast(shapes: list[torch.Size]) -> tuple[int, ...]:
@@ -269,23 +387,7 @@ def broadcast(shapes: list[torch.Size]) -> tuple[int, ...]:
 
 
 @functools.cache
-def label(func: Any) -> str:
-    """A function's name as a user would write it."""
-    name = resolve_name(func) or getattr(func, "__name__", str(func))
-    return str(name).replace("torch.nn.functional.", "F.").removeprefix("torch.").replace("Tensor.__get__", "attribute")
-
-
-def read_by(part: Part) -> list[Tensor]:
-    """The data tensors that the part's block reads later."""
-    return tensors_in(value for name, value in vars(part).items() if name not in ("parameter", "expanded"))
-
-
-def with_data(part: Part, function: Any) -> Part:
-    """The part with `function` applied to each data tensor."""
-    fields = {n: v if n == "parameter" else rebuild(v, iter([function(t) for t in tensors_in((v,))])) for n, v in vars(part).items()}
-    return type(part)(**fields)
-
-
-def detached(part: Part) -> Part:
-    """The part with its data cut from the graph, sharing memory and version counter."""
-    return ExpandedPart(part.parameter, part.parameter) if isinstance(part, ExpandedPart) else with_data(part, Tensor.detach)
+def writes(func: Any) -> bool:
+    """Whether a function's name says that it writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

@@ -2,72 +2,123 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from .._compat import inside_transform
-from .._errors import MethodError
-from .._plan import Cost, Use, Verdict
-from .._probe import Facts, demand_policy, look, random_state
+from .._errors import MethodError, PartialsError
+from .._machine import share
+from .._plan import LARGE, Cost, TooLarge, Use, Verdict, human_bytes
+from .._probe import Facts, demand_policy, look
 from .._problem import Problem
+from .._state import drawn_since, random_state, restore
 from ..methods._base import Computed
+from ..methods._complete import stood_in_for
 from .describe import described, held
-from .engine import native, parameters, solve, vmapped
-from .recorder import Refused
-from .walk import missed
+from .engine import Run, native, parameters, solve, taped, vmapped
+from .trace import Refused, Unplaced
+from .trace import Use as Recorded
+from .walk import Hidden, demand_complete
+
+RUNNERS = {"native": native, "taped": taped, "vmapped": vmapped}
+"""In the order in which they are tried; the taped one only where f differentiates inside."""
 
 
 @dataclass(frozen=True)
 class Preview:
     verdict: Verdict
     uses: tuple[Use, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
 
 
-def attempt(problem: Problem) -> tuple[Computed | None, list[str]]:
-    """The blocks by the first runner that is complete, and why those before it were refused."""
+TRANSFORMS = ("vmap", "forward")
+"""Methods that run f under a torch.func transform."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The blocks by the first runner that is complete; else why capture, and methods that would be as blind, are refused."""
+
+    computed: Computed | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    doubtful: bool = False
+    """The native run found no layout: samples may mix."""
+
+
+def attempt(problem: Problem) -> Attempt:
+    """Run f natively, else under vmap, until one run is complete."""
     reasons: list[str] = []
+    nested = doubtful = False
     if inside_transform():
-        return None, ["a torch.func transform is running around this call"]
-    for name, runner in (("native", native), ("vmapped", vmapped)):
-        before = random_state()
+        return Attempt(None, {"capture": "a torch.func transform is running around this call"})
+    device = problem.targets[0].tensor.device
+    for name, runner in RUNNERS.items():
+        if name == "taped" and not nested:
+            continue
+        before = random_state(device)
         try:
-            if name == "native" and problem.randomness in ("same", "different"):
+            if name != "vmapped" and problem.randomness in ("same", "different"):
                 raise Refused(f'randomness="{problem.randomness}" is a policy for samples run apart')
             run = runner(problem)
-            if problem.randomness == "error" and random_state() != before:
-                restore(before)
+            if problem.randomness == "error" and drawn_since(before, device):
+                restore(before, device)
                 demand_policy(problem, look(problem))
-            within_budget(problem, run[2].uses, int(torch.Size(run[0].shape[1:]).numel()))
-            return solve(problem, run, name), reasons
+            demand_room(problem, run[2].uses, int(torch.Size(run[0].shape[1:]).numel()))
+            return Attempt(_solved(problem, run, name), {}, doubtful)
+        except Hidden as hidden:
+            restore(before, device)
+            return Attempt(None, _hidden(hidden, reasons), doubtful)
         except Refused as refused:
+            nested |= refused.nested
+            doubtful |= isinstance(refused, Unplaced)
             reasons.append(f"{name}: {refused}")
         except MethodError as error:
             reasons.append(f"{name}: {error.what}")
-        restore(before)
-    return None, reasons
+        restore(before, device)
+    return Attempt(None, {"capture": "; ".join(reasons)}, doubtful)
+
+
+def _solved(problem: Problem, run: Run, runner: str) -> Computed:
+    try:
+        return solve(problem, run, runner)
+    except (Refused, PartialsError):
+        raise
+    except Exception as error:  # f ran: a reverse pass that fails here may do so only in the way that capture runs it
+        raise Refused(f"the reverse pass fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from error
+
+
+def _hidden(hidden: Hidden, reasons: list[str]) -> dict[str, str]:
+    """What one run of f did not see, another does not see either: no second runner, and no transform where it would be blind."""
+    return {"capture": "; ".join([*reasons, str(hidden)])} | (dict.fromkeys(TRANSFORMS, str(hidden)) if hidden.blind else {})
 
 
 def preview(problem: Problem, facts: Facts) -> Preview:
     """One forward without a reverse pass: what capture would record, or why it would be refused."""
     if not problem.size:
         return Preview(Verdict("capture", "there is no sample"))
-    reasons = []
-    for name, runner in (("native", native), ("vmapped", vmapped)):
+    reasons: list[str] = []
+    nested = False
+    for name, runner in RUNNERS.items():
+        if name == "taped" and not nested:
+            continue
         try:
-            if name == "native" and problem.randomness in ("same", "different"):
+            if name != "vmapped" and problem.randomness in ("same", "different"):
                 raise Refused(f'randomness="{problem.randomness}" is a policy for samples run apart')
             values, _, trace, tensors = runner(problem)
             wanted = parameters(problem, tensors)
-            if lost := missed(values, wanted, trace):
-                raise Refused(f"{', '.join(sorted(lost))} reached outside the recorded uses")
-            within_budget(problem, trace.uses, facts.outputs)
+            demand_complete(values, wanted, trace, stood_in_for(problem, tensors))
             cost = _cost(problem, facts, sum(held(use) for use in trace.uses))
             return Preview(
                 Verdict("capture", f"{name} run, every use of every parameter in factors", cost),
-                described(trace, wanted, problem.size, None, name),
+                described(trace.uses, wanted, problem.size, None, name),
             )
+        except Hidden as hidden:
+            refused_too = _hidden(hidden, reasons)
+            return Preview(Verdict("capture", refused_too.pop("capture")), (), refused_too)
         except Refused as refused:
+            nested |= refused.nested
             reasons.append(f"{name}: {refused}")
         except MethodError as error:
             reasons.append(f"{name}: {error.what}")
@@ -80,21 +131,11 @@ def verdict(problem: Problem, facts: Facts, computed: Computed) -> Verdict:
     return Verdict("capture", "every use of every parameter in factors", _cost(problem, facts, held_bytes))
 
 
-def within_budget(problem: Problem, uses: list, outputs: int) -> None:  # type: ignore[type-arg]
-    """Refused where the factors alone would pass the budget."""
-    if problem.budget is None:
-        return
+def demand_room(problem: Problem, uses: Sequence[Recorded], outputs: int) -> None:
+    """TooLarge where the factors would take more than their share of what is free."""
     needed = sum(held(use) for use in uses) * max(1, outputs)
-    if needed > problem.budget:
-        raise Refused(f"the factors need {needed} bytes, more than max_memory={problem.budget}")
-
-
-def restore(state: bytes) -> None:
-    """The random state of the CPU (and of CUDA, where in use) as it was."""
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(torch.frombuffer(bytearray(state[:size]), dtype=torch.uint8))
-    if len(state) > size:
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(state[size:]), dtype=torch.uint8))
+    if needed > LARGE and needed > (room := share(problem.targets[0].tensor.device)):
+        raise TooLarge("the factors do not fit", got=human_bytes(needed), expected=f"at most {human_bytes(room)}, half of what is free")
 
 
 def _cost(problem: Problem, facts: Facts, held_bytes: int) -> Cost:

@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import torch
 
-from .._reference import part
+from .._part import part
 from .._typing import Tensor
 from .agreement import flat_rows
 from .call import Call, call, in_short
 from .gaps import Gap, Key, Sides, ratio
 from .identities import Identities
 from .second_look import settle
-from .tolerance import distance, size
-from .values import ROUNDED, same_alone
+from .subject import Subject
+from .tolerance import distance, over, size
+from .values import ROUNDED, same_alone, scale_of
 
 COUNT, ODD, OUTPUTS = 2, 4, 16
 """Samples that are compared; samples whose rows are not finite; outputs, where these are compared one by one."""
@@ -52,9 +53,35 @@ def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
                 worst[name] = gap
         if failing:
             settle(identities, failing, "alone")
+    error = max(error, _halves(subject, own))
     subject.row("alone", "values", error, passed=True, remark=ROUNDED if rounded else "")
     for name, gap in worst.items():
         subject.row("alone", name, gap.error, tolerance=subject.tolerance.summing(gap.terms))
+
+
+def _halves(subject: Subject, own: Tensor) -> float:
+    """The error of every sample's values where f runs on a random half of the batch, against those in the batch (N, C).
+
+    Ranks, capacities and detached statistics may leave a few samples as they are, and no derivative tells of them.
+    """
+    problem, worst = subject.problem, 0.0
+    if problem.size < 4:
+        return worst
+    order = subject.draws.permutation(problem.size).to(own.device)
+    scale = scale_of(own)
+    for half in order.tensor_split(2):
+        half = half.sort().values
+        try:
+            found = call(part(problem, half)).values
+        except Exception as error:  # f's refusal of another batch is no fault
+            subject.report.note(f"f refuses a batch of {len(half)} ({in_short(error)})")
+            return worst
+        errors = over(distance(found, own[half], samples=True), scale[half]).nan_to_num(torch.inf)
+        n = int(errors.argmax())
+        if float(errors[n]) > subject.tolerance.value:
+            same_alone(subject, int(half[n]), found[n], own)
+        worst = max(worst, float(errors[n]))
+    return worst
 
 
 def by_rows(identities: Identities, n: int) -> dict[Key, Gap]:

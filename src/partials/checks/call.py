@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .._errors import PartialsError
+from .._graph import hides_uses, strided
 from .._output import check_output
 from .._problem import Problem
 from .._signature import usable
@@ -40,8 +41,21 @@ class Call:
         """One ordinary backward of sum u f."""
         if not self.out.requires_grad or not wanted:
             return [None] * len(wanted)
+        if hides_uses(self.out):
+            return self._pull_whole(u, wanted)
         places: Any = list(wanted)
-        return list(torch.autograd.grad(self.out, places, u, retain_graph=True, allow_unused=True))
+        return [strided(g) for g in torch.autograd.grad(self.out, places, u, retain_graph=True, allow_unused=True)]
+
+    def _pull_whole(self, u: Tensor, wanted: Sequence[Readable]) -> list[Tensor | None]:
+        """By a whole `.backward()`, where reentrant checkpointing allows no other: gradients of leaves only."""
+        leaves = [t for t in wanted if isinstance(t, Tensor)]
+        for t in leaves:
+            t.grad = None
+        torch.autograd.backward(self.out, u, retain_graph=True)
+        found = [t.grad if isinstance(t, Tensor) else None for t in wanted]
+        for t in leaves:
+            t.grad = None
+        return found
 
     def gradients(self, u: Tensor) -> dict[str, Tensor]:
         """d sum u f / d target by name, zeros where f does not use one; an input's with samples first."""
@@ -52,6 +66,7 @@ class Call:
         by_name: dict[str, Tensor] = {}
         for target, gradient in zip(self.problem.targets, found, strict=True):
             full = torch.zeros_like(self.tensors[target.name]) if gradient is None else gradient.detach()
+            full = full.to_dense() if full.is_sparse else full
             if target.kind == "input":
                 full = full.movedim(self.problem.dim_of(target), 0) if self.problem.batched else full.unsqueeze(0)
             by_name[target.name] = full
@@ -75,9 +90,13 @@ def call(problem: Problem, *, reading: bool = False) -> Call:
 def _run(problem: Problem, *, reading: bool) -> Call:
     tensors = stand_ins(problem)
     leaves, places, sources = _leaves(problem) if reading else (problem.given, [], {})
-    marks = Marks(sources, problem.size) if sources else None
+    marks = Marks(sources, problem.size, [place.at for place in places if isinstance(place.at, Tensor)]) if sources else None
     with drawn_from(problem.random_state, problem.targets[0].tensor.device), marks or nullcontext():
         out = problem(tensors, leaves)
+    if hides_uses(out):  # then a backward writes into .grad, which must not be the user's
+        tensors = problem.tensors(fresh=True)
+        with drawn_from(problem.random_state, problem.targets[0].tensor.device):
+            out, marks = problem(tensors, leaves), None
     out = check_output(out, problem.size, problem.name, batched=problem.batched)
     places += marks.places if marks is not None else []
     if reading:
@@ -91,7 +110,10 @@ def stand_ins(problem: Problem) -> dict[str, Tensor]:
     def alias(tensor: Tensor) -> Tensor:
         return usable(tensor).detach().requires_grad_()
 
-    return {t.name: t.tensor if t.leaf is None and t.tensor.requires_grad else alias(t.tensor) for t in problem.targets}
+    return {
+        t.name: t.tensor if t.leaf is None and t.tensor.requires_grad and not t.own.is_inference() else alias(t.tensor)
+        for t in problem.targets
+    }
 
 
 def _leaves(problem: Problem) -> tuple[list[Tensor], list[Place], dict[str, Tensor]]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .._part import part
 from .._problem import Problem
-from .._reference import part
 from .._signature import usable
 from .._state import drawn_from
 from .._typing import Tensor
@@ -38,14 +38,18 @@ class Cloud:
     gradients: Mapping[str, Tensor]
 
 
-def cloud(subject: Subject, n: int, u: Tensor, entries: Mapping[str, Tensor], tolerance: Tolerance) -> Cloud | None:
-    """The cloud of sample n with weights u (C,), of the `entries` of some targets; None where f does not run on other tensors."""
+def cloud(subject: Subject, n: int, u: Tensor, entries: Mapping[str, Tensor], tolerance: Tolerance, *, copies: bool = True) -> Cloud | None:
+    """The cloud of sample n with weights u (C,), of the `entries` of some targets; None where f does not run on other tensors.
+
+    Without `copies` the sample is always alone: where a function may mix samples, copies of one are no sample by itself.
+    """
     problem = subject.problem
     try:
         if problem.batched and problem.random_state is None:
             index = torch.tensor([n], device=u.device)
             try:
-                return _cloud(subject, [(part(problem, index), 0), (part(problem, index.repeat(COPIES)), 0)], u, entries, tolerance)
+                hosts = [(part(problem, index), 0), (part(problem, index.repeat(COPIES)), 0)]
+                return _cloud(subject, hosts if copies else hosts[:1], u, entries, tolerance)
             except Exception:  # f refuses so small a batch
                 pass
         return _cloud(subject, [(problem, n)], u, entries, tolerance)

@@ -8,9 +8,9 @@ import torch
 
 from .._blocks import Block
 from .._errors import PartialsError
+from .._part import part
 from .._probe import look
 from .._problem import Problem
-from .._reference import part
 from .._typing import Tensor
 from ..methods import METHODS
 from .agreement import Beside, Rows, agree, flat_rows

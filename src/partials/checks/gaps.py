@@ -69,8 +69,13 @@ class Sides:
         return found
 
     def scale(self, name: str, u: Tensor, samples: Sequence[int] | None) -> Tensor:
-        """sqrt(sum_nc |u_nc J_nc|^2) of a target over some samples."""
-        return self._each(name, u, samples).sum().sqrt()
+        """sqrt(sum_nc |u_nc J_nc|^2) of a target over some samples, that of as many median samples at least."""
+        own = self._each(name, u, samples).sum()
+        if samples is None:
+            return own.sqrt()
+        peers = self.squares[name].sum(1)  # (a row that happens to cancel is judged beside them)
+        peers = peers[peers.isfinite()]
+        return torch.maximum(own, peers.median() * u.double().square().sum() / u.shape[1]).sqrt() if len(peers) else own.sqrt()
 
     def _each(self, name: str, u: Tensor, samples: Sequence[int] | None) -> Tensor:
         squares = self.squares[name] if samples is None else self.squares[name][samples]

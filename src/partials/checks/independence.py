@@ -11,10 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from .._errors import MixingError, listed
-from .._problem import Problem
+from .._mixing import mixing
 from .._typing import Tensor
 from .call import Call
 from .places import BySample, Place
@@ -41,11 +39,12 @@ def independence(subject: Subject, call: Call, u: Tensor, first: list[Tensor | N
     second = call.pull(w[:, None] * u, [place.at for place, _ in read])
     worst: dict[str, float] = {}
     for (place, g), again in zip(read, second, strict=True):
-        view = _view(call, place, g, torch.zeros_like(g) if again is None else again, w)
+        again = torch.zeros_like(g) if again is None else again
+        view = _view(call, place, g, again, w)
         if view is not None:
             error = float(view.errors.max())
             if error > subject.tolerance.value:
-                error = _confirm(subject, call, u, view)
+                error = 0.0 if place.dim is None and _in_any_order(g, again, w) else _confirm(subject, call, u, view)
             worst[place.name] = max(worst.get(place.name, 0.0), error)
     for name, error in worst.items():
         subject.row("independence", name, error)
@@ -74,6 +73,18 @@ def _view(call: Call, place: Place, g: Tensor, again: Tensor, w: Tensor) -> _Vie
     return found
 
 
+def _in_any_order(g: Tensor, again: Tensor, w: Tensor) -> bool:
+    """Whether each position of some dimension belongs to one sample: f may have picked rows by a mask, or read one sample by itself."""
+    rounding = 1e3 * torch.finfo(g.dtype).eps
+    for dim in range(g.ndim):
+        one, two = (t.double().movedim(dim, 0).reshape(t.shape[dim], -1) for t in (g, again))
+        ratio = (one * two).sum(1) / one.square().sum(1)
+        near = w.double()[(w.double() - ratio[:, None]).abs().argmin(1)]
+        if bool(((two - near[:, None] * one).norm(dim=1) <= rounding * one.norm(dim=1)).all()):
+            return True
+    return False
+
+
 def _confirm(subject: Subject, call: Call, u: Tensor, view: _View) -> float:
     """The largest derivative across samples over the scale of each sample's own, among the samples that look worst."""
     worst = 0.0
@@ -86,8 +97,10 @@ def _confirm(subject: Subject, call: Call, u: Tensor, view: _View) -> float:
             m = _source(call, u, view, n)
             raise mixing(
                 subject.problem,
+                m,
                 f"the output of sample {m} depends on {view.place} of sample {n}",
                 f"a derivative across samples of {error:.3g} of the sample's own",
+                by=n,
             )
         worst = max(worst, error)
     return worst
@@ -116,29 +129,3 @@ def descend(badness: Callable[[list[int]], float], among: list[int]) -> int:
         halves = among[: len(among) // 2], among[len(among) // 2 :]
         among = max(halves, key=badness)
     return among[0]
-
-
-def mixing(problem: Problem, what: str, got: str, expected: str = "zero: each output depends on its own sample") -> MixingError:
-    layers = _batch_statistics(problem)
-    way_out = "module.eval() for batch norm, or GroupNorm or LayerNorm" if layers else "a function that treats samples apart"
-    return MixingError(
-        f"{problem.name} mixes samples: {what}",
-        got=got + (f"; batch statistics in {listed(layers)}" if layers else ""),
-        expected=f"{expected}, else there is no Jacobian for each sample",
-        hint=f"{way_out}; batched=False to treat the whole batch as one sample",
-    )
-
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-def _batch_statistics(problem: Problem) -> list[str]:
-    """The batch norms that use the statistics of the batch, by name."""
-    module = problem.module
-    if module is None:
-        return []
-    return [
-        f"{name or 'the module'} ({type(layer).__name__})"
-        for name, layer in module.named_modules()
-        if isinstance(layer, NORMS) and (layer.training or layer.running_mean is None)
-    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .._reference import part
+from .._part import part
 from .._typing import Tensor
 from .call import call
 from .gaps import Gap, Key

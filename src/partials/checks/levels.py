@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .._errors import InputError, listed, near
+from .._part import part
 from .._problem import Problem
-from .._reference import part
 from .._rows import Origin
 from .._run import compute, wrap
 from .._state import rng_kept
@@ -51,6 +51,24 @@ def inspect(problem: Problem, method: str = "auto", level: str = "quick", jacobi
             full(subject)
         if level == "deep" and problem.size:
             deep(subject)
+    return subject.report
+
+
+def samples_apart(problem: Problem, jacobian: Any) -> Report:
+    """Independence and values only.
+
+    Raises
+    ------
+    MixingError
+        where f mixes samples.
+    """
+    subject = Subject.of(problem, jacobian, jacobian.plan.method, "quick")
+    with problem.running("looking for samples that mix"), rng_kept(problem.targets[0].tensor.device):
+        own = call(problem, reading=True)
+        u = subject.draws.gaussian((problem.size, own.out.shape[1]), own.values)
+        independence(subject, own, u, own.pull(u, [place.at for place in own.places]))
+        if problem.randomness not in ("same", "different"):
+            values(subject, own.values)
     return subject.report
 
 
@@ -97,6 +115,10 @@ def _kept(problem: Problem, odd: list[int]) -> list[int] | None:
 def _row_by_row(identities: Identities, odd: list[int]) -> None:
     """One sample's rows, where sums over samples would not be finite: of the first sample whose rows are, if there is one."""
     subject = identities.sides.subject
+    problem = subject.problem
+    if len(odd) == problem.size > 1 and problem.batched and problem.random_state is None:
+        subject.report.note("the rows of every sample are not finite: they were compared with batches of one alone")
+        return  # (in a backward of the whole batch the others' infinities, times zero, would be everywhere)
     n = next((n for n in range(subject.problem.size) if n not in odd), 0)
     for (check, name), gap in by_rows(identities, n).items():
         subject.row(check, name, gap.error, Where(n))

@@ -10,9 +10,10 @@ import torch
 
 from .._blocks import Block
 from .._errors import MixingError, PartialsError
+from .._part import part
 from .._probe import Facts, look
 from .._problem import Problem
-from .._reference import Reference, part, reference
+from .._reference import Reference, oracle_for, reference
 from .._run import NAMES, compute
 from .._state import drawn_from
 from .._typing import Tensor
@@ -50,8 +51,7 @@ def _in_own_dtype(problem: Problem, facts: Facts, trusted: Reference) -> Callabl
     if all(rows.dtype is problem.dtype for rows in trusted.rows.values()):
         return None
     asked = problem if trusted.samples is None else part(problem, trusted.samples)
-    oracle = "loop" if METHODS["loop"].verdict(problem, facts).accepted else "grad"
-    return cache(lambda: flat_rows(blocks_by(asked, oracle)))
+    return cache(lambda: flat_rows(blocks_by(asked, oracle_for(problem, facts))))
 
 
 def _by(subject: Subject, facts: Facts, name: str) -> Rows | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from .._graph import reached
 from .._signature import rebuild, walk
 from .._typing import Tensor
 
@@ -54,11 +55,13 @@ class Marks(TorchFunctionMode):
     """Follows what is made from integer inputs up to the first floating tensors, and makes those readable.
 
     A floating tensor that does not require grad is put in the graph as a copy, so that later in-place operations are allowed.
+    What was floating before and is read at a place already (sequences that are sorted by length) is no new place.
     """
 
-    def __init__(self, sources: dict[str, Tensor], count: int) -> None:
+    def __init__(self, sources: dict[str, Tensor], count: int, read: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.count = count
+        self.read = {str(i): tensor for i, tensor in enumerate(read)}
         self.places: list[Place] = []
         self.derived = {id(tensor): (name, tensor) for name, tensor in sources.items()}
         # (the tensors are kept, so that their ids stay their own)
@@ -72,6 +75,8 @@ class Marks(TorchFunctionMode):
         if name is None or not found:
             return out
         via = (resolve_name(func) or getattr(func, "__name__", "an operation")).removeprefix("torch.")
+        if any(tensor.grad_fn is not None and reached(tensor, self.read) for tensor in given):
+            return out
         marked = [self._mark(name, via, tensor, any(tensor is other for other in given)) for tensor in found]
         if all(new is old for new, old in zip(marked, found, strict=True)):
             return out
@@ -81,10 +86,13 @@ class Marks(TorchFunctionMode):
         if in_place or not tensor.is_floating_point() or not any(n and n % self.count == 0 for n in tensor.shape):
             self.derived[id(tensor)] = (name, tensor)
             return tensor
+        number = str(len(self.read))
         if not tensor.requires_grad:
             leaf = tensor.detach().requires_grad_()
             self.places.append(Place(name, leaf, None, via))
+            self.read[number] = leaf
             with torch.enable_grad():
                 return leaf.clone()
         self.places.append(Place(name, get_gradient_edge(tensor), None, via))
+        self.read[number] = tensor
         return tensor

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import Any
 
@@ -145,7 +146,9 @@ class Report:
         more = f" (and {others} more rows)" if others else ""
         error = CheckError(
             f"the Jacobian of {self.function} by {self.method!r} failed the check {first.check!r} in {first.parameter!r}{place}{more}",
-            got=f"an error of {_percent(first.error)} of the row, {first.size}" + (f": {first.told}" if first.told else ""),
+            got=f"an error of {_percent(first.error)} of the row, {first.size}"
+            + (f": {first.told}" if first.told else "")
+            + (f"; {first.remark}" if first.remark and first.remark != first.told else ""),
             expected=f"at most {first.tolerance:.2g} ({first.reason}); {ABOUT[first.check.split()[0]]}",
             hint="print(error.report); another method, such as method='loop'; please report it, since your function is not at fault",
         )
@@ -193,6 +196,23 @@ class Report:
         lines = [_line(check, str(len(rows)), worst.size, worst.allowed, place, worst.verdict)]
         explained = [row for row in rows if row.verdict == "explained"]
         return lines + [f"    {row.parameter}: {row.remark}" for row in explained[:SHOWN]]
+
+
+def merged(reports: Sequence[Report], samples: int) -> Report:
+    """One report of reports on parts of a batch: of each check and parameter the row that failed, or was the worst."""
+    whole = replace(reports[0], samples=samples, rows=[], notes=[], zeros=[])
+    worst: dict[tuple[str, str], Row] = {}
+    for report in reports:
+        for row in report.rows:
+            key = (row.check, row.parameter)
+            if key not in worst or (row.passed, -row.error) < (worst[key].passed, -worst[key].error):
+                worst[key] = row
+        whole.zeros += [name for name in report.zeros if name not in whole.zeros]
+        for sentence in report.notes:
+            whole.note(sentence)
+    whole.rows += worst.values()
+    whole.note(f"checked in {len(reports)} pieces; samples are counted within their piece")
+    return whole
 
 
 SHOWN = 6

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .._compat import has_hooks
 from .._errors import listed
 from .._typing import Tensor
 from .cloud import SHAKE, belongs, cloud
@@ -122,5 +123,6 @@ def _explanation(samples: Sequence[int]) -> str:
 
 def _hooks(subject: Subject, name: str) -> str:
     target = next(t for t in subject.problem.targets if t.name == name)
-    hooks = getattr(target.tensor, "_backward_hooks", None)
-    return "this tensor has hooks, which change what an ordinary backward gives" if hooks else ""
+    if not has_hooks(target.own):
+        return ""
+    return "this tensor has hooks, which change its gradient in an ordinary backward; rows are derivatives of f without them"

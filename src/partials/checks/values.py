@@ -6,12 +6,12 @@ from math import inf
 
 import torch
 
-from .._reference import part
+from .._mixing import mixing
+from .._part import part
 from .._typing import Tensor
 from .call import call
 from .cloud import SHAKE, belongs, cloud
 from .identities import unravel
-from .independence import mixing
 from .report import Row, Where
 from .second_look import SUSPECTS, coarser
 from .subject import Subject
@@ -71,6 +71,7 @@ def same_alone(subject: Subject, n: int, alone: Tensor, own: Tensor) -> tuple[fl
         if error > tolerance.value and not _rounding(subject, n, (alone, own[n]), tolerance, own):
             raise mixing(
                 subject.problem,
+                n,
                 f"sample {n} has another value alone than in the batch",
                 f"{_some(alone)} alone, {_some(own[n])} in the batch: {100 * error:.3g} % apart",
                 "the same value whatever the other samples are",
@@ -80,7 +81,7 @@ def same_alone(subject: Subject, n: int, alone: Tensor, own: Tensor) -> tuple[fl
 
 def _rounding(subject: Subject, n: int, both: tuple[Tensor, Tensor], tolerance: Tolerance, own: Tensor) -> bool:
     """Whether two values of sample n, which differ, both belong to its cloud."""
-    found = cloud(subject, n, own[n], {}, tolerance)
+    found = cloud(subject, n, own[n], {}, tolerance, copies=False)
     floor = tolerance.value * float(scale_of(own)[n])
     return found is not None and all(belongs(x, found.values, floor, coarsest=inf) for x in both)
 

@@ -15,6 +15,8 @@ from partials._errors import InputError, near
 from .console import progress, say
 from .faults import CHECK_FAILED, INTERRUPTED, REFUSED, guarded
 from .options import Asked, Json, Method, asking
+from .storing import info, verify
+from .storing import run as run_command
 
 if TYPE_CHECKING:
     from partials._compare import Comparison
@@ -135,6 +137,11 @@ def explain(asked: Asked, method: Method = "auto") -> None:
     from .prepare import problem_of
 
     _print(plan(problem_of(asked), method)[0], asked.json)
+
+
+app.command(name="run")(asking(run_command))
+app.command()(info)
+app.command()(verify)
 
 
 def _print(found: Any, json: bool) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 from partials._api import _problem
 from partials._errors import InputError, PartialsError, near
+from partials._part import part
 from partials._problem import Problem
-from partials._reference import part
 from partials._state import rng_kept, untouched
 
 from . import loading
@@ -26,21 +26,14 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 def problem_of(asked: Asked) -> Problem:
     """The problem that the options describe."""
-    f = loading.model(asked.model)
+    f, params, loss, change = function_of(asked)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     for spec in asked.data:
         positional, keywords = loading.data(spec)
         args, kwargs = args + positional, kwargs | keywords
-    loss = None if asked.loss is None else _loss(asked.loss)
     if asked.target is not None:
-        if loss is None:
-            raise InputError("a target is compared by a loss", got="--target without --loss", expected="both", hint="--loss cross_entropy")
         kwargs["target"] = loading.value(asked.target)
-    if asked.training is not None:
-        _demand_module(f, "--train" if asked.training else "--eval").train(asked.training)
-    params = None if asked.params is None else loading.made(asked.params, loading.attribute(asked.params))
-    change = _change(asked, f, params)
     options: dict[str, Any] = {"params": params, "wrt": asked.wrt or None, "loss": loss, "batched": not asked.single}
     options |= {"output": _output(asked.output), "max_memory": asked.max_memory, "randomness": asked.randomness}
     if asked.in_dims is not None:
@@ -50,6 +43,18 @@ def problem_of(asked: Asked) -> Problem:
         problem = part(problem, torch.arange(asked.limit, device=problem.targets[0].tensor.device))
     _call_once(problem, asked)
     return problem
+
+
+def function_of(asked: Asked) -> tuple[Any, Any, Callable[..., Any] | None, Callable[[Any], Any]]:
+    """(model, tensors it uses from outside, loss, what makes an input fit it): loaded, in its mode, cast and moved as asked."""
+    f = loading.model(asked.model)
+    loss = None if asked.loss is None else _loss(asked.loss)
+    if asked.target is not None and loss is None:
+        raise InputError("a target is compared by a loss", got="--target without --loss", expected="both", hint="--loss cross_entropy")
+    if asked.training is not None:
+        _demand_module(f, "--train" if asked.training else "--eval").train(asked.training)
+    params = None if asked.params is None else loading.made(asked.params, loading.attribute(asked.params))
+    return f, params, loss, _change(asked, f, params)
 
 
 def _call_once(problem: Problem, asked: Asked) -> None:

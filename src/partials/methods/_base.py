@@ -28,7 +28,9 @@ class Computed:
     aux: Any = None
     sources: tuple[tuple[str, Tensor, int], ...] = ()
     """Tensors that the blocks read again, with the version they had."""
-    uses: tuple[Use, ...] = ()
+    uses: tuple[Use, ...] | Callable[[], tuple[Use, ...]] = ()
+    doubtful: bool = False
+    """A capture of f on the batch found uses whose cotangents belong to no one sample, or to samples in some order: samples may mix."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,16 @@ class Method:
 
     name: str
     summary: str
-    verdict: Callable[[Problem, Facts], Verdict]
+    judge: Callable[[Problem, Facts], Verdict]
     run: Callable[[Problem, Facts, int | None], Computed]
+    whole: bool = False
+    """Its reverse pass can be a whole `.backward()`, which reentrant checkpointing needs."""
+
+    def verdict(self, problem: Problem, facts: Facts) -> Verdict:
+        """Whether the method can solve the problem, at what cost, or why not."""
+        if facts.reentrant and not self.whole:
+            return Verdict(self.name, "reentrant checkpointing runs a reverse pass within the reverse pass, only under .backward()")
+        return self.judge(problem, facts)
 
 
 class Rows:

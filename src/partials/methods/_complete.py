@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .._errors import MethodError, listed
 from .._graph import reached
 from .._problem import Problem
 from .._typing import Tensor
 
 
-def all_seen(problem: Problem, out: Tensor, method: str) -> None:
-    """MethodError if the graph of `out` leads to an original parameter: a use that substitution did not see."""
-    originals = {t.name: t.tensor for t in problem.targets if t.leaf is None and t.tensor.requires_grad}
-    missed = reached(out, originals) if out.requires_grad and originals else set()
+def all_seen(problem: Problem, out: Tensor, method: str, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """MethodError if the graph of `out` leads to an original parameter otherwise than by its stand-in among `tensors`.
+
+    That is a use which substitution did not see.
+    """
+    originals = stood_in_for(problem, tensors or {})
+    stops = [t.grad_fn for t in (tensors or {}).values() if t.grad_fn is not None]
+    missed = reached(out, originals, stops) if out.requires_grad and originals else set()
     if missed:
         raise MethodError(
             f"method={method!r} cannot stand in for {listed(sorted(missed))}: {problem.name} also uses it where no torch function shows it",
@@ -19,3 +25,8 @@ def all_seen(problem: Problem, out: Tensor, method: str) -> None:
             expected="every use through a torch function",
             hint="method='loop' or method='grad', which use the parameters as they are",
         )
+
+
+def stood_in_for(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The user's own tensors, outside of the arguments, that others stand in for."""
+    return {t.name: t.own for t in problem.targets if t.leaf is None and t.own.requires_grad and tensors.get(t.name) is not t.own}

@@ -3,24 +3,35 @@
 torch 2.13's `vmap` of `layer_norm` (and of `instance_norm` by the sample's own statistics) treats the statistics as constants
 when its derivative is differentiated again: `vmap(grad)` under an outer `grad` is off by 60 % with no error. The same formula
 in elementary operations is right, so the vectorised methods run it wherever these operations were seen.
+
+Operations that the rules re-express in others (recurrent layers, which vmap cannot run) are re-expressed here too.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from .._compat import transform_of
 from .._typing import Tensor
+from ..rules import COMPOSITES, NoRule, Run
 
 
 class Composite(TorchFunctionMode):
     """Runs the functions of the table below in place of torch's own."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return TABLE.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in TABLE:
+            return TABLE[func](*args, **kwargs)
+        if func in COMPOSITES:
+            with suppress(NoRule):
+                return COMPOSITES[func](Run(lambda t: transform_of(t) == "vmap", True), *args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def layer_norm(

@@ -44,9 +44,10 @@ def verdict(problem: Problem, facts: Facts) -> Verdict:
 def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
     tensors = {t.name: t.tensor.detach() for t in problem.targets}
     device = problem.targets[0].tensor.device
+    aliases = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     with rng_kept(device):
-        values = problem(tensors)
-    all_seen(problem, values, "forward")
+        values = problem(aliases)
+    all_seen(problem, values, "forward", aliases)
     if not bool(values.isfinite().all()):
         raise MethodError(
             "method='forward' stops at values that are not finite",
@@ -60,9 +61,41 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
         columns = [_columns(problem, tensors, target, start, min(step, count - start)) for start in range(0, count, step)]
         rows = torch.cat(columns, -1) if columns else values.new_zeros(problem.size, facts.outputs, 0)
         blocks[target.name] = (Dense(rows.reshape(problem.size, facts.outputs, *problem.shape_of(target))),)
+    _agrees_with_reverse_mode(problem, values, aliases, blocks)
     if facts.random:
         problem(tensors)  # the random state moves on as it would after one call of f
     return Computed(values.detach(), blocks)
+
+
+def _agrees_with_reverse_mode(problem: Problem, values: Tensor, aliases: dict[str, Tensor], blocks: dict[str, tuple[Block, ...]]) -> None:
+    """MethodError unless u . (J v) = (J^T u) . v for one Gaussian u and v, J^T u by one ordinary reverse pass.
+
+    Forward mode can be wrong without an error: tangents are lost in threads that f starts, and a few operations of torch have
+    another derivative there.
+    """
+    generator = torch.Generator(values.device).manual_seed(0)
+    u = torch.randn(values.shape, generator=generator, dtype=values.dtype, device=values.device)
+    pulled: list[Tensor | None] = [None] * len(aliases)
+    if values.requires_grad:
+        pulled[:] = list(torch.autograd.grad(values, list(aliases.values()), u, allow_unused=True))
+    apart, size = 0.0, 0.0
+    for target, g in zip(problem.targets, pulled, strict=True):
+        v = torch.randn(target.tensor.shape, generator=generator, dtype=values.dtype, device=values.device)
+        rows: Any = blocks[target.name][0]
+        each = v.expand(problem.size, *v.shape)
+        if target.kind == "input":
+            each = v.movedim(problem.dim_of(target), 0) if problem.batched else v.unsqueeze(0)
+        flat = rows.values.reshape(*rows.rows, rows.values[0, 0].numel()).to(v)
+        terms = u.reshape(rows.rows) * (flat @ each.reshape(problem.size, -1, 1)).squeeze(-1)
+        apart += float(terms.sum()) - (0.0 if g is None else float((g.to(v) * v).sum()))
+        size += float(terms.abs().sum())
+    if not abs(apart) <= size * torch.finfo(values.dtype).eps ** 0.5:
+        raise MethodError(
+            "method='forward' gives another derivative than reverse mode",
+            got=f"u . (J v) and (J^T u) . v are {abs(apart):.3g} apart, of {size:.3g}",
+            expected="equal up to rounding",
+            hint="method='auto' or method='loop'",
+        )
 
 
 def _columns(problem: Problem, tensors: dict[str, Tensor], target: Target, start: int, count: int) -> Tensor:

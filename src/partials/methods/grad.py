@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .._errors import MixingError
 from .._output import check_output
 from .._plan import Verdict
 from .._probe import Facts
@@ -10,6 +9,7 @@ from .._problem import Problem
 from .._targets import Target
 from .._typing import Tensor
 from ._base import Computed, Method, Rows, no_history, no_policy, own_part, reverse_cost
+from ._complete import all_seen
 from .loop import gradients
 
 
@@ -23,6 +23,7 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
     tensors = problem.tensors()
     rows = Rows(problem, facts.outputs)
     out = check_output(problem(tensors), problem.size, problem.name, batched=problem.batched)
+    all_seen(problem, out, "grad", tensors)
     flat = out.reshape(problem.size, -1)
     for n in range(problem.size):
         for c in range(facts.outputs):
@@ -40,11 +41,13 @@ def stays_apart(problem: Problem, target: Target, gradient: Tensor | None, n: in
     others = gradient.detach().clone()
     others.select(dim, n).zero_()
     if bool((others != 0).any()):
-        raise MixingError(
-            f"{problem.name} mixes samples: the output of sample {n} depends on input {target.name!r} of other samples",
-            got=f"a derivative of up to {others.abs().max():.3g} across samples",
-            expected="zero: each output depends on its own sample",
-            hint="module.eval() for batch norm; batched=False to treat the whole batch as one sample",
+        from .._mixing import mixing  # (that runs f by way of methods, and only once mixing has been found)
+
+        raise mixing(
+            problem,
+            n,
+            f"the output of sample {n} depends on input {target.name!r} of other samples",
+            f"a derivative of up to {others.abs().max():.3g} across samples",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._blocks import Block, Dense
+from .._errors import MethodError
 from .._plan import Verdict
 from .._probe import Facts
 from .._problem import Problem
@@ -34,7 +35,15 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
         kept.append(out if problem.create_graph else out.detach())
         return out
 
-    found = torch.autograd.functional.jacobian(function, tuple(tensors.values()), create_graph=problem.create_graph)
+    try:
+        found = torch.autograd.functional.jacobian(function, tuple(tensors.values()), create_graph=problem.create_graph)
+    except NotImplementedError as error:  # rows that cannot be put together: sparse gradients
+        raise MethodError(
+            f"method='jacobian' cannot run {problem.name}",
+            got=str(error).splitlines()[0],
+            expected="dense gradients",
+            hint="method='loop'",
+        ) from error
     blocks: dict[str, tuple[Block, ...]] = {
         target.name: (Dense(_rows(problem, target, jac, facts.outputs)),) for target, jac in zip(problem.targets, found, strict=True)
     }
@@ -43,7 +52,7 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
 
 def _rows(problem: Problem, target: Target, jac: Tensor, outputs: int) -> Tensor:
     """(N, *out, *whole tensor) -> (N, C, *shape), an input's diagonal over samples."""
-    jac = jac.reshape(problem.size, outputs, *target.tensor.shape)
+    jac = (jac.to_dense() if jac.is_sparse else jac).reshape(problem.size, outputs, *target.tensor.shape)
     if target.kind == "parameter" or not problem.batched:
         return jac
     dim = problem.dim_of(target)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from .._graph import strided
 from .._output import check_output
 from .._plan import Cost, Verdict
 from .._probe import Facts
 from .._problem import Problem
 from .._typing import Tensor
 from ._base import Computed, Method, Rows, no_history, no_pieces, per_sample, result_bytes
+from ._complete import all_seen
 
 
 def verdict(problem: Problem, facts: Facts) -> Verdict:
@@ -35,6 +37,7 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
             torch.set_rng_state(state)
         leaves, cut = problem.sample(n, tensors)
         out = check_output(problem(cut, leaves), 1, problem.name, batched=problem.batched)
+        all_seen(problem, out, "loop", tensors)
         values.append(out if problem.create_graph else out.detach())
         for c, output in enumerate(out.reshape(-1)):
             for target, row in zip(problem.targets, gradients(output, cut, create_graph=problem.create_graph), strict=True):
@@ -49,7 +52,7 @@ def gradients(output: Tensor, tensors: dict[str, Tensor], *, create_graph: bool)
     if not output.requires_grad:
         return [None] * len(tensors)
     found = torch.autograd.grad(output, list(tensors.values()), retain_graph=True, create_graph=create_graph, allow_unused=True)
-    return list(found)
+    return [strided(gradient) for gradient in found]
 
 
 METHOD = Method("loop", "a batch of one at a time, one reverse pass for each output", verdict, run)

@@ -25,6 +25,8 @@ Tensors = dict[str, Tensor]
 def verdict(problem: Problem, facts: Facts) -> Verdict:
     if reason := no_pieces(problem, facts):
         return Verdict("vmap", reason)
+    if facts.vmap_unsafe:
+        return Verdict("vmap", f"torch's derivative of {facts.vmap_unsafe[0]} under vmap is wrong")
     flops, saved = per_sample(facts)
     outputs, result = facts.outputs, result_bytes(problem, facts)
     each = int(saved * (1 + outputs)) + result // max(problem.size, 1)

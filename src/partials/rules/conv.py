@@ -1,4 +1,4 @@
-"""Convolutions in one, two and three dimensions."""
+"""Convolutions and transposed convolutions in one, two and three dimensions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .._typing import Tensor
-from ._parts import ConvPart, NoRule, Part, SumPart
+from ._parts import ConvPart, Part, SumPart
 from ._table import rule
 
 
@@ -18,10 +18,27 @@ def conv(
 ) -> Iterator[Part]:
     """z[n,o,l] = sum_{i,k} input[n, i, stride l + dilation k - padding] weight[o,i,k] + bias[o]."""
     dims = weight.ndim - 2
-    if input.ndim != dims + 2:
-        raise NoRule("a convolution of an input without a batch dimension")
     steps, gaps = _each(stride, dims), _each(dilation, dims)
     yield ConvPart(weight, input, steps, _padding(padding, weight, gaps), gaps, groups)
+    if bias is not None:
+        yield SumPart(bias, channel=-dims - 1)
+
+
+@rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Iterator[Part]:
+    """z[n, o, stride l + dilation k - padding] += sum_i input[n,i,l] weight[i,o,k], and bias[o]: a convolution with exchanged roles."""
+    dims = weight.ndim - 2
+    steps, gaps = _each(stride, dims), _each(dilation, dims)
+    yield ConvPart(weight, input, steps, _padding(padding, weight, gaps), gaps, groups, transposed=True)
     if bias is not None:
         yield SumPart(bias, channel=-dims - 1)
 

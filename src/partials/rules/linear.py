@@ -1,4 +1,4 @@
-"""Products with a matrix: linear, mm, matmul, addmm, mv, bmm, baddbmm."""
+"""Products with a matrix: linear, mm, matmul, addmm, mv, bmm, baddbmm; and with two vectors: bilinear."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ from ._table import rule
 
 @rule(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Part]:
-    """z[t,o] = sum_i input[t,i] weight[o,i] + bias[o]."""
-    yield OuterPart(weight, input)
+    """z[t,o] = sum_i input[t,i] weight[o,i] + bias[o]; a weight without o is a vector."""
+    yield OuterPart(weight, input, "oi" if weight.ndim == 2 else "i")
+    if bias is not None:
+        yield SumPart(bias)
+
+
+@rule(F.bilinear, torch.bilinear)
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Part]:
+    """z[t,o] = sum_ij input1[t,i] weight[o,i,j] input2[t,j] + bias[o]: linear in the products of the inputs' entries."""
+    yield OuterPart(weight, (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2))
     if bias is not None:
         yield SumPart(bias)
 
@@ -24,6 +32,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterato
     torch.matmul,
     torch.Tensor.matmul,
     torch.Tensor.__matmul__,
+    torch.linalg.matmul,
     torch.mm,
     torch.Tensor.mm,
     torch.bmm,

@@ -9,6 +9,7 @@ import torch
 
 from .._errors import InputError, near
 from .._typing import Tensor
+from .choice import InputPlan
 from .specs import VALUE, Alphabet, Spec, Term, Word
 
 ByName: TypeAlias = dict[str, Tensor]
@@ -30,8 +31,8 @@ class Derivatives:
     shape of the value, and a dimension for each free vector block at its end, in the order in which the blocks are written.
     """
 
-    def __init__(self, alphabet: Alphabet, found: Mapping[Term, Tensor], asked: Sequence[Word]) -> None:
-        self._alphabet, self._found = alphabet, found
+    def __init__(self, alphabet: Alphabet, found: Mapping[Term, Tensor], asked: Sequence[Word], plan: InputPlan) -> None:
+        self._alphabet, self._found, self._plan = alphabet, found, plan
         self._asked = {alphabet.spell(word): word for word in asked}
         self._made: dict[Word, Tensor] = {}
 
@@ -39,6 +40,11 @@ class Derivatives:
     def value(self) -> Tensor:
         """The output of the function itself."""
         return self._found[VALUE]
+
+    @property
+    def plan(self) -> InputPlan:
+        """How the derivatives were computed, and why: `print(d.plan)`."""
+        return self._plan
 
     def dict(self) -> ByName:
         """The derivatives that were asked for, by name and in that order."""

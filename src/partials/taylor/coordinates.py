@@ -12,6 +12,7 @@ from torch import nn
 
 from .._errors import InputError, listed, near
 from .._typing import Function, Tensor
+from .choice import explained
 from .nested import Slot
 from .specs import Alphabet, Components, name_list
 
@@ -122,6 +123,7 @@ class Coordinates:
 
 def curried(at: Result, function: Function) -> Result:
     """`at`, which takes the inputs of `function`, with its signature: so operators can be applied to operators."""
+    at.explain = explained(at)  # type: ignore[attr-defined]
     with suppress(TypeError, ValueError):
         at.__signature__ = _signature(function)  # type: ignore[attr-defined]
     return at

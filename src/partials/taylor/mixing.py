@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from .._errors import InputError, MixingError, listed
+from .._mixing import Culprit, first_difference
 from .._typing import Tensor
 from .coordinates import Coordinates
 from .nested import Seeds
@@ -26,7 +28,7 @@ from .points import Points
 from .rehearsal import parts, rehearse, stands_for_its_type
 from .transforms import largest
 
-_PROVED: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Any, dict[Hashable, Known]] = WeakKeyDictionary()
 _REMEMBERED = 256
 """Proofs for one code; functions that close over ever new objects would have ever more."""
 _TOLERANCE = 64
@@ -34,29 +36,48 @@ _TOLERANCE = 64
 
 
 @dataclass
+class Known:
+    """What earlier calls of a function have shown."""
+
+    proved: bool = False
+    """That points do not mix."""
+    refused: str = ""
+    """Why it cannot run in Taylor mode."""
+    width: int = 1
+    """Entries of one point's output."""
+    attached: bool = True
+    """Whether results carry a graph where gradients are enabled."""
+    checked: set[Hashable] = field(default_factory=set)
+    """The derivatives that were compared with another computation."""
+
+    @classmethod
+    def of(cls, coordinates: Coordinates, points: Points, asked: tuple[str, ...]) -> Known:
+        anchor, key = _signature(coordinates, points, asked)
+        known = _KNOWN.setdefault(anchor, {})
+        if len(known) >= _REMEMBERED and key not in known:
+            known.clear()
+        return known.setdefault(key, cls())
+
+
+@dataclass
 class Proof:
-    """The probes around one evaluation."""
+    """The probes of one function."""
 
     coordinates: Coordinates
     points: Points
     asked: tuple[str, ...]
     halves: tuple[np.ndarray, np.ndarray]
-    anchor: Any
-    key: Hashable
     given: Any = None
     moved: list[Any] = field(default_factory=list)
     informative: bool = False
 
     @classmethod
-    def needed(cls, coordinates: Coordinates, points: Points, asked: tuple[str, ...]) -> Proof | None:
+    def needed(cls, coordinates: Coordinates, points: Points, asked: tuple[str, ...], known: Known) -> Proof | None:
         """A proof to make, or None where it was made before or there are no two points to tell apart."""
-        if points.count < 2 or points.tensors[asked[0]].is_meta:
-            return None
-        anchor, key = _signature(coordinates, points, asked)
-        if key in _PROVED.get(anchor, ()):
+        if known.proved or points.count < 2 or points.tensors[asked[0]].is_meta:
             return None
         half = np.random.default_rng(0).permutation(points.count) < points.count // 2
-        return cls(coordinates, points, asked, (half, ~half), anchor, key)
+        return cls(coordinates, points, asked, (half, ~half))
 
     def rehearse(self) -> None:
         """Run the function with its inputs as given, if that can be done; and with no point, or either half, moved onto other points."""
@@ -82,7 +103,7 @@ class Proof:
                     raise self._mixing(f"values at half of the points have derivatives by {name!r} at the other half")
 
     def values(self, value: Tensor) -> None:
-        """Compare the value with the rehearsals, and remember the function if nothing is wrong."""
+        """Compare the value with the rehearsals."""
         eps = torch.finfo(value.dtype).eps
         if isinstance(self.given, Tensor) and not _close(self.given, value, eps**0.5):
             raise InputError(
@@ -95,11 +116,6 @@ class Proof:
         for kept, rows in zip(self.halves, moved, strict=True):
             if not _close(_of(kept, rows), _of(kept, still), _TOLERANCE * eps):
                 raise self._mixing("values at half of the points change when the other half moves")
-        if self.informative:
-            proved = _PROVED.setdefault(self.anchor, set())
-            if len(proved) >= _REMEMBERED:
-                proved.clear()
-            proved.add(self.key)
 
     def _rows(self, tensor: Tensor, source: np.ndarray) -> Tensor:
         """The tensor with the coordinates of the points `source` in place of its own."""
@@ -114,12 +130,26 @@ class Proof:
             for name, layer in part.named_modules() if isinstance(part, nn.Module) else ():
                 names.setdefault(layer, name or type(layer).__name__)
         layers = [name for layer, name in names.items() if layer.training and isinstance(layer, _BATCH_NORMS)]
-        return MixingError(
+        culprit = self._culprit()
+        error = MixingError(
             "the value at one point depends on other points, so there are no derivatives point by point",
-            got=evidence,
+            got=evidence + (f"; first in {culprit}" if culprit else ""),
             expected="every point's value computed from its own coordinates",
             hint=f"module.eval(): batch statistics in {listed(layers)}" if layers else _VECTORS,
         )
+        error.culprit = culprit
+        return error
+
+    def _culprit(self) -> Culprit | None:
+        """The operation that mixes points, told from one of them: the mean over points may be what it is for the one in the middle."""
+        count, call, tensors = self.points.count, self.coordinates.call, self.points.tensors
+
+        def alike(point: int) -> Callable[[], Any]:
+            moved = {name: self._rows(tensors[name], np.full(count, point)) for name in self.asked}
+            return partial(rehearse, call, {**tensors, **moved}, watched=True)
+
+        found = (first_difference(partial(rehearse, call, tensors, watched=True), alike(n), count, n) for n in (count // 2, count - 1))
+        return next((culprit for culprit in found if culprit is not None), None)
 
 
 _VECTORS = 'vectors=("r",) if the last dimension of an input is one vector'

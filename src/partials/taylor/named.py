@@ -13,7 +13,14 @@ from .evaluate import coordinates_of, evaluate
 from .specs import Spec
 
 
-def derivatives(u: Function, *specs: Spec, coords: Names = None, vectors: str | Iterable[str] = ()) -> Callable[..., Derivatives]:
+def derivatives(
+    u: Function,
+    *specs: Spec,
+    coords: Names = None,
+    vectors: str | Iterable[str] = (),
+    method: str = "auto",
+    check: str = "first",
+) -> Callable[..., Derivatives]:
     """Partial derivatives of `u` by its inputs, point by point: a function of the inputs of `u`.
 
     Every entry of a coordinate tensor is its own sample, so x and t are of shape `()`, `(N,)`, `(N, 1)` or any other, and broadcast
@@ -28,6 +35,9 @@ def derivatives(u: Function, *specs: Spec, coords: Names = None, vectors: str | 
             coordinates, where others are not.
         vectors: inputs of shape `(..., D)` that are one vector coordinate each. With `r` among them, `"r"` is the gradient (output shape
             and then D), `"rr"` the Hessian (and D, D), `"r.r"` the Laplacian and `"r.rt"` the derivative by t of the Laplacian.
+        method: `"taylor"` (one run on jets), `"nested"` (nested reverse mode), or `"auto"`, the one that costs less by count; nested
+            wherever the function does something that no rule of Taylor mode covers. `d.plan` says which, and why.
+        check: `"first"` compares two random points with nested reverse mode the first time; `"always"`; `"never"`.
 
     Returns:
         a function that returns a bundle `d`: `d.value`, `d.x`, `d.xx`, `d["xt"]` (the same as `d["tx"]`), and all that was found on the
@@ -37,6 +47,10 @@ def derivatives(u: Function, *specs: Spec, coords: Names = None, vectors: str | 
         InputError: a spec that cannot be read, coordinates that are not real or do not broadcast, names that do not fit the inputs.
         OutputError: `u` returns no real or complex tensor, or one that does not keep the shape of the points.
         MixingError: the value at one point depends on other points (probed on the first call of a function).
+        MethodError: `method="taylor"` and something in the function has no rule.
+        CheckError: the two methods disagree.
+
+    Warns where a derivative is zero everywhere since the function is made of straight pieces (ReLU networks have no second derivatives).
 
     >>> import torch
     >>> x, t = torch.linspace(0, 1, 5, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
@@ -52,13 +66,15 @@ def derivatives(u: Function, *specs: Spec, coords: Names = None, vectors: str | 
         words = [alphabet.word(spec) for spec in specs]
         for spec, word in zip(specs, words, strict=True):
             _require_order(spec, word.order)
-        found = evaluate(coordinates, [term for word in words for term in alphabet.terms(word)[0]])
-        return Derivatives(alphabet, found, words)
+        found = evaluate(coordinates, [term for word in words for term in alphabet.terms(word)[0]], method, check)
+        return Derivatives(alphabet, found, words, found.plan)
 
     return curried(at, u)
 
 
-def partial(u: Function, spec: Spec, *, coords: Names = None, vectors: str | Iterable[str] = ()) -> Callable[..., Tensor]:
+def partial(
+    u: Function, spec: Spec, *, coords: Names = None, vectors: str | Iterable[str] = (), method: str = "auto", check: str = "first"
+) -> Callable[..., Tensor]:
     """One partial derivative of `u`, as a function of the inputs of `u`: `derivatives(u, spec)(...)[spec]`.
 
     The result has the shape of the output of `u`, and a dimension of size D at its end for every free vector block. Arguments and errors
@@ -68,7 +84,7 @@ def partial(u: Function, spec: Spec, *, coords: Names = None, vectors: str | Ite
     >>> partial(lambda x, t: x**3 * t, "xxt")(torch.tensor([1.0, 2.0]), torch.tensor([5.0, 5.0]))
     tensor([ 6., 12.])
     """
-    at = derivatives(u, spec, coords=coords, vectors=vectors)
+    at = derivatives(u, spec, coords=coords, vectors=vectors, method=method, check=check)
 
     def at_one(*inputs: Any, **kwargs: Any) -> Tensor:
         return at(*inputs, **kwargs)[spec]

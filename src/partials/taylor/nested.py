@@ -6,6 +6,9 @@ Laplacian is one node: its second derivatives are summed before anything else di
 
 The same recursion runs on two reverse modes: `torch.autograd.grad` on fresh leaves, and `torch.func.vjp` where a transform is active,
 inside which `torch.autograd.grad` has no meaning. Forward mode is never nested.
+
+torch's own layer_norm and instance_norm are silently wrong from the third derivative on (torch 2.13, by several hundred percent): they
+are written out in elementary operations.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 
 from .._errors import MethodError
 from .._typing import Shape, Tensor
+from ..methods._composite import Composite
 from .specs import VALUE, Term
 from .transforms import inside_transform
 
@@ -122,7 +126,8 @@ def nested(
     like: list[Tensor] = []
 
     def layer(*leaves: Tensor) -> Layered:
-        value = call(*leaves)
+        with Composite():
+            value = call(*leaves)
         like[:] = [value]
         columns = _columns(value, points)
         reverse.look(columns, leaves)

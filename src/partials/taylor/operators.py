@@ -2,7 +2,8 @@
 
 All of them are curried: `laplacian(u)(X)`. Without `coords` or `vectors`, a single tensor input of shape `(..., D)` is one vector of D
 features for each point, and several inputs, u(x, y), are scalar coordinates. `coords` and `vectors` are those of `derivatives`; `over`
-picks some of the coordinates, by name or by number. Errors are those of `derivatives`.
+picks some of the coordinates, by name or by number. `method`, `check` and errors are those of `derivatives`.
+`laplacian(u).explain(X)` says which method ran, and why.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .._errors import InputError, OutputError, listed
 from .._typing import Function, Shape, Tensor
 from .coordinates import Call, Coordinates, Names, curried
 from .evaluate import evaluate
+from .points import Points
 from .specs import VALUE, Components, Term, name_list
 
 Over: TypeAlias = str | Iterable[str] | Iterable[int] | None
@@ -23,7 +25,9 @@ Vectors: TypeAlias = str | Iterable[str]
 Found: TypeAlias = dict[Term, Tensor]
 
 
-def hessian(u: Function, *, over: Over = None, coords: Names = None, vectors: Vectors = ()) -> Callable[..., Tensor]:
+def hessian(
+    u: Function, *, over: Over = None, coords: Names = None, vectors: Vectors = (), method: str = "auto", check: str = "first"
+) -> Callable[..., Tensor]:
     """All second derivatives of `u`: the shape of the output and then `(D, D)`, for D coordinates.
 
     >>> X = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -34,13 +38,21 @@ def hessian(u: Function, *, over: Over = None, coords: Names = None, vectors: Ve
 
     def at(*inputs: Any, **kwargs: Any) -> Tensor:
         coordinates, block = _resolved(u, inputs, kwargs, over, coords, vectors)
-        return _matrix(evaluate(coordinates, _pairs(block)), block)
+        return _matrix(evaluate(coordinates, _pairs(block), method, check), block)
 
     return curried(at, u)
 
 
 def laplacian(
-    u: Function, over: Over = None, weight: Tensor | None = None, aux: bool = False, *, coords: Names = None, vectors: Vectors = ()
+    u: Function,
+    over: Over = None,
+    weight: Tensor | None = None,
+    aux: bool = False,
+    *,
+    coords: Names = None,
+    vectors: Vectors = (),
+    method: str = "auto",
+    check: str = "first",
 ) -> Callable[..., Any]:
     """The sum of the second derivatives of `u`, of the shape of the output; with a weight A, `tr(A H)` for the Hessian H.
 
@@ -58,15 +70,19 @@ def laplacian(
     def at(*inputs: Any, **kwargs: Any) -> Any:
         coordinates, block = _resolved(u, inputs, kwargs, over, coords, vectors)
         rank = _rank(weight, len(block))
+        if rank and not aux and not weight.requires_grad:  # type: ignore[union-attr]
+            return _along_axes(coordinates, block, weight, method, check)  # type: ignore[arg-type]
         wanted = [Term((block,), ())] if rank == 0 else [Term((), (i, i)) for i in block] if rank == 1 else _pairs(block)
-        found = evaluate(coordinates, [*wanted, *_gradient_terms(block)] if aux else wanted)
+        found = evaluate(coordinates, [*wanted, *_gradient_terms(block)] if aux else wanted, method, check)
         result = _weighted(found, block, weight)
         return (found[VALUE], _gradient(found, block), result) if aux else result
 
     return curried(at, u)
 
 
-def divergence(v: Function, *, over: Over = None, coords: Names = None, vectors: Vectors = ()) -> Callable[..., Tensor]:
+def divergence(
+    v: Function, *, over: Over = None, coords: Names = None, vectors: Vectors = (), method: str = "auto", check: str = "first"
+) -> Callable[..., Tensor]:
     """The divergence of a vector field `v` whose output `(..., D)` has a component for each of its D coordinates; of shape `(...)`.
 
     >>> divergence(lambda X: X**2)(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -74,13 +90,15 @@ def divergence(v: Function, *, over: Over = None, coords: Names = None, vectors:
     """
 
     def at(*inputs: Any, **kwargs: Any) -> Tensor:
-        jacobian = _jacobian(v, inputs, kwargs, over, coords, vectors)
+        jacobian = _jacobian(v, inputs, kwargs, over, coords, vectors, method, check)
         return jacobian.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     return curried(at, v)
 
 
-def curl(v: Function, *, over: Over = None, coords: Names = None, vectors: Vectors = ()) -> Callable[..., Tensor]:
+def curl(
+    v: Function, *, over: Over = None, coords: Names = None, vectors: Vectors = (), method: str = "auto", check: str = "first"
+) -> Callable[..., Tensor]:
     """The curl of a vector field: of shape `(..., 3)` for three coordinates, and the scalar `dv_y/dx - dv_x/dy` of shape `(...)` for two.
 
     >>> curl(lambda X: torch.stack([-X[..., 1], X[..., 0]], -1))(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -88,7 +106,7 @@ def curl(v: Function, *, over: Over = None, coords: Names = None, vectors: Vecto
     """
 
     def at(*inputs: Any, **kwargs: Any) -> Tensor:
-        jacobian = _jacobian(v, inputs, kwargs, over, coords, vectors)
+        jacobian = _jacobian(v, inputs, kwargs, over, coords, vectors, method, check)
         size = jacobian.shape[-1]
         if size not in (2, 3):
             raise InputError(
@@ -102,7 +120,9 @@ def curl(v: Function, *, over: Over = None, coords: Names = None, vectors: Vecto
     return curried(at, v)
 
 
-def biharmonic(u: Function, *, over: Over = None, coords: Names = None, vectors: Vectors = ()) -> Callable[..., Tensor]:
+def biharmonic(
+    u: Function, *, over: Over = None, coords: Names = None, vectors: Vectors = (), method: str = "auto", check: str = "first"
+) -> Callable[..., Tensor]:
     """The Laplacian of the Laplacian of `u`, the sum of `u_iijj`; of the shape of the output.
 
     >>> biharmonic(lambda X: X[..., 0] ** 4 + X[..., 0] ** 2 * X[..., 1] ** 2)(torch.tensor([[1.0, 2.0]]))
@@ -112,12 +132,12 @@ def biharmonic(u: Function, *, over: Over = None, coords: Names = None, vectors:
     def at(*inputs: Any, **kwargs: Any) -> Tensor:
         coordinates, block = _resolved(u, inputs, kwargs, over, coords, vectors)
         term = Term((block, block), ())
-        return evaluate(coordinates, [term])[term]
+        return evaluate(coordinates, [term], method, check)[term]
 
     return curried(at, u)
 
 
-def directional(u: Function, v: Tensor, order: int = 1) -> Callable[..., Tensor]:
+def directional(u: Function, v: Tensor, order: int = 1, *, method: str = "auto", check: str = "first") -> Callable[..., Tensor]:
     """The derivative of some order along `v`: that of `s -> u(X + s v)` at 0, for the first input X of shape `(..., D)`.
 
     Args:
@@ -150,7 +170,7 @@ def directional(u: Function, v: Tensor, order: int = 1) -> Callable[..., Tensor]
 
         steps = torch.zeros(points.shape[:-1], dtype=points.dtype, device=points.device)
         term = Term((), (0,) * order)
-        return evaluate(Coordinates.of(Call.of(along, (steps,), {}), None, ()), [term])[term]
+        return evaluate(Coordinates.of(Call.of(along, (steps,), {}), None, ()), [term], method, check)[term]
 
     return curried(at, u)
 
@@ -225,10 +245,49 @@ def _weighted(found: Found, block: Components, weight: Tensor | None) -> Tensor:
     return (_matrix(found, block) * weight.mT).sum((-2, -1))
 
 
-def _jacobian(v: Function, inputs: Sequence[Any], kwargs: Any, over: Over, coords: Names, vectors: Vectors) -> Tensor:
+def _along_axes(coordinates: Coordinates, block: Components, weight: Tensor, method: str, check: str) -> Tensor:
+    """tr(A H) for a constant A: in the directions of its principal axes it is a sum of second derivatives with signs, one for each axis.
+
+    A of rank r costs r first derivatives and not D (D + 1) / 2 second ones.
+    """
+    symmetric = torch.diag(weight) if weight.dim() == 1 else (weight + weight.mT) / 2
+    sizes, axes = torch.linalg.eigh(symmetric.detach().to(torch.float64))
+    kept = sizes.abs() > 1e-14 * sizes.abs().max()
+    sizes, axes = sizes[kept], axes[:, kept] * sizes[kept].abs().sqrt()
+    points = Points.of(coordinates, coordinates.inputs_of(block))
+    some = next(iter(points.tensors.values()))
+    if not len(sizes):
+        return torch.zeros_like(coordinates.call(points.tensors))
+    steps = some.new_zeros((*points.shape, len(sizes)))
+
+    def along(s: Tensor) -> Any:
+        moved = dict(points.tensors)
+        for component, axis in zip(block, axes.to(some), strict=True):
+            name, feature = coordinates.slots[component]
+            step = s @ axis
+            x = moved[name]
+            if feature is None:
+                moved[name] = x + step.reshape(x.shape)
+            else:
+                unit = torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device)
+                unit[feature] = 1
+                moved[name] = x + step.unsqueeze(-1) * unit
+        return coordinates.call(moved)
+
+    up, down = (tuple(torch.nonzero(sign).flatten().tolist()) for sign in (sizes > 0, sizes < 0))
+    terms = [Term((axes_of_sign,), ()) if axes_of_sign else None for axes_of_sign in (up, down)]
+    there = Coordinates.of(Call.of(along, (steps,), {}), None, "s")
+    found = evaluate(there, [term for term in terms if term is not None], method, check)
+    plus, minus = (None if term is None else found[term] for term in terms)
+    return -minus if plus is None else plus if minus is None else plus - minus  # type: ignore[operator]
+
+
+def _jacobian(
+    v: Function, inputs: Sequence[Any], kwargs: Any, over: Over, coords: Names, vectors: Vectors, method: str, check: str
+) -> Tensor:
     """The derivatives of a vector field, `(..., D, D)`: components, then coordinates."""
     coordinates, block = _resolved(v, inputs, kwargs, over, coords, vectors)
-    found = evaluate(coordinates, _gradient_terms(block))
+    found = evaluate(coordinates, _gradient_terms(block), method, check)
     value = found[VALUE]
     if not value.dim() or value.shape[-1] != len(block):
         raise OutputError(

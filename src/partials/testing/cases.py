@@ -11,7 +11,7 @@ a float64 run of it is the reference of all others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,32 @@ class Call:
     def jacobian(self, **options: Any) -> Any:
         """The Jacobian of this call by `partials.jacobian`, with further options."""
         return jacobian(self.f, *self.inputs, kwargs=self.kwargs, **{**self.options, **options})
+
+    @property
+    def samples(self) -> int:
+        """How many samples the batch holds."""
+        sizes: list[int] = []
+        self._each(lambda x, dim: sizes.append(x.shape[dim]))
+        return sizes[0]
+
+    def part(self, start: int, stop: int) -> Call:
+        """The same call of some of the samples. Parameters and shared inputs stay whole."""
+        inputs, kwargs = self._each(lambda x, dim: x.narrow(dim, start, stop - start))
+        return replace(self, inputs=inputs, kwargs=kwargs)
+
+    def _each(self, function: Callable[[Tensor, int], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`function` of every tensor that holds samples, and of its sample dimension; the rest as it is."""
+        shared = {id(p) for p in self.parameters.values()}
+
+        def of(value: Any, dim: int | None) -> Any:
+            if isinstance(value, dict):
+                return {key: of(part, dim) for key, part in value.items()}
+            if not isinstance(value, Tensor) or dim is None or value.ndim == 0 or id(value) in shared:
+                return value
+            return function(value, dim)
+
+        inputs = tuple(of(value, self.dims.get(i, 0)) for i, value in enumerate(self.inputs))
+        return inputs, {key: of(value, self.dims.get(key, 0)) for key, value in self.kwargs.items()}
 
 
 Make = Callable[[torch.dtype, torch.device], Call]

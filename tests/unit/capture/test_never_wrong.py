@@ -114,7 +114,7 @@ def test_factors_that_read_a_changed_input_raise():
         J.norms()
 
 
-def test_nested_derivatives_are_refused_with_the_reason():
+def test_nested_derivatives_are_taped():
     model = net()
 
     def residual(x):
@@ -123,9 +123,7 @@ def test_nested_derivatives_are_refused_with_the_reason():
         (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
         return u + slope.square().sum(1)
 
-    with pytest.raises(pt.MethodError, match="differentiates inside"):
-        pt.jacobian(residual, x(), params=model, method="capture")
-    assert same_as_loop(residual, x(), params=model).plan.method != "capture"
+    assert same_as_loop(residual, x(), params=model).plan.method == "capture"
 
 
 def test_hooking_the_layers_of_such_a_residual_is_the_classic_error():
@@ -154,6 +152,7 @@ def test_hooking_the_layers_of_such_a_residual_is_the_classic_error():
         lambda h: F.batch_norm(h, None, None, training=True),
         lambda h: h.cumsum(0),
         lambda h: h.flip(0) + h,
+        lambda h: h.flip(0),
     ],
 )
 def test_mixing_is_found(mixing):
@@ -170,7 +169,39 @@ def test_a_wrong_layout_is_not_accepted():
     folded = torch.randn(N * 4, 3, dtype=torch.float64)
     assert find(folded, folded * weights.repeat_interleave(4)[:, None], weights)[0] == Layout(0, 1, 4)
     assert find(folded, folded * weights.repeat(4)[:, None], weights)[0] == Layout(0, 4, 1)
-    assert find(folded, folded * weights.repeat_interleave(4)[torch.randperm(4 * N)][:, None], weights)[0] is None
+    shuffled, sure = find(folded, folded * weights.repeat_interleave(4)[torch.randperm(4 * N)][:, None], weights)
+    assert shuffled.owned.shape == (N, 4) and not sure
+    mixed = weights.repeat_interleave(4)
+    mixed[3] += 0.3 / N
+    assert find(folded, folded * mixed[:, None], weights)[0] is None
+    assert find(folded, folded * weights.repeat_interleave(4)[:, None] + 1e-6 * folded.roll(5, 0), weights)[0] is None
+
+
+def test_positions_in_any_order_are_measured_one_by_one():
+    weights = 1 + torch.arange(N, dtype=torch.float64) / N
+    owner = torch.arange(N).repeat_interleave(torch.tensor([1, 4, 2, 3, 1, 5])[:N])[torch.randperm(16)]
+    g = torch.randn(2, 16, 3, dtype=torch.float64)
+    g[:, 3] = 0  # (says nothing, so belongs to nobody)
+    layout, proved = find(g, g * weights[owner][:, None], weights)
+    rows = layout.samples_first(g, N)
+    assert layout.dim == 1
+    assert not proved
+    for n in range(N):
+        mine = [r for r in range(16) if owner[r] == n and r != 3]
+        assert torch.equal(rows[n][:, : len(mine)], g[:, mine])
+        assert not rows[n][:, len(mine) :].any()
+    mixed = g * weights[owner][:, None] + 1e-6 * torch.randn_like(g)
+    assert find(g, mixed, weights)[0] is None
+
+
+def test_what_fits_two_layouts_proves_neither():
+    weights = 1 + torch.arange(N, dtype=torch.float64) / N
+    g = torch.zeros(N, N, 3, dtype=torch.float64)
+    g[range(N), range(N)] = torch.randn(N, 3, dtype=torch.float64)
+    layout, proved = find(g, g * weights[:, None, None], weights)
+    assert layout == Layout(0)
+    assert not proved
+    assert find(g, g * weights[:, None, None], weights, {0})[0] == Layout(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -244,3 +275,66 @@ def test_an_output_without_a_graph_is_said():
     J = pt.jacobian(lambda x: layer(x).detach(), x(), params=layer)
     assert not J.dense().any()
     assert any("carries no graph" in note for note in J.plan.notes)
+
+
+def test_a_layout_decided_by_data_is_not_remembered():
+    """Sorted by length, as packed sequences are: samples in order in the first call, in another order in the next."""
+    layer = nn.Linear(4, 3).double()
+
+    def f(x):
+        order = x[:, 0].argsort()
+        return layer(x[order]).sin()[order.argsort()]
+
+    data = x()
+    in_order = data[data[:, 0].argsort()]
+    assert same_as_loop(f, in_order, params=layer, check="never").plan.uses[0].layout == "dim 0"
+    assert same_as_loop(f, data, params=layer, check="never").plan.uses[0].layout == "dim 0 (any order)"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_a_mask_picks(seed):
+    """A number of rows for each sample that only the data tell, none for some; also where it happens to be a multiple of N."""
+    layer = nn.Linear(4, 3).double()
+
+    def f(x, mask):
+        where = mask.nonzero()[:, 0]
+        return torch.zeros(len(x), 3, dtype=x.dtype).index_add(0, where, layer(x[mask]).sin())
+
+    generator = torch.Generator().manual_seed(seed)
+    data, mask = torch.randn(N, 5, 4, generator=generator, dtype=torch.float64), torch.rand(N, 5, generator=generator) > 0.5
+    if seed == 0:
+        mask = mask & torch.tensor([True, False, True, True, True, True])[:, None]
+    elif seed == 1:
+        mask = torch.zeros(N, 5, dtype=torch.bool)
+        mask.view(-1)[: 2 * N] = True
+    J = same_as_loop(f, data, mask, params=layer, check="always")
+    R = pt.jacobian(f, data, mask, params=layer, method="loop")
+    assert J.plan.method == "capture"
+    torch.testing.assert_close(J.norms(), R.norms())
+    torch.testing.assert_close(J.gram(), R.gram())
+
+
+def test_one_sample_at_a_time():
+    """A loop over samples inside f, and integers that each sample reads by itself."""
+    layer, table = nn.Linear(4, 3).double(), nn.Embedding(5, 4).double()
+    model = nn.ModuleList([layer, table])
+
+    def f(x, index):
+        return torch.stack([layer(x[n] + table(index[n])).sin() for n in range(len(x))])
+
+    index = torch.arange(N) % 5
+    J = same_as_loop(f, x(), index, params=model, check="always")
+    assert {use.layout for use in J.plan.uses} == {"dim 0 (any order)"} or J.plan.method == "capture"
+
+
+def test_an_order_that_mixes_is_not_accepted():
+    layer = nn.Linear(4, 3).double()
+
+    def f(x):
+        h = layer(x[torch.tensor([0, 1, 2, 3, 4, 5, 0])]).sin()
+        return h[:N] + 1e-3 * h[6:]
+
+    with pytest.raises(pt.MixingError):
+        pt.jacobian(f, x(), params=layer)
+    with pytest.raises(pt.MethodError, match="holds 6 samples apart"):
+        pt.jacobian(lambda x: f(x) + 1e-6 * layer(x).roll(1, 0), x(), params=layer, method="capture", check="never")

@@ -1,0 +1,291 @@
+"""`run`, `info` and `verify`: results into a store, and what is in one."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from partials._errors import InputError, near
+
+from .console import progress, say
+from .faults import CHECK_FAILED, INTERRUPTED, guarded
+from .options import Asked
+
+if TYPE_CHECKING:
+    from partials.distribute.job import Job
+    from partials.store.produce import Progress
+    from partials.store.verify import Verified
+
+ENGINES = ("local", "ray")
+EVERY = 5.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+def run(
+    asked: Asked,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The store: a new folder, or with --resume one of the same run.")],
+    what: Annotated[str, typer.Option("--what", help="jacobian, norms, sum, gram, diagonal or sketch:K.")] = "jacobian",
+    engine: Annotated[str, typer.Option("--engine", help="local (also under torchrun, SLURM, Kubernetes), or ray.")] = "local",
+    address: Annotated[str | None, typer.Option("--address", help="An existing Ray cluster; without it one is started here.")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="A .safetensors file to load into the model.")] = None,
+    block: Annotated[int | None, typer.Option("--block", min=1, help="Samples in a block; by default what makes 64 MiB.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a store of the same run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done: method, blocks, bytes, memory, time.")] = False,
+) -> None:
+    """Compute a quantity for every sample of DATA and write it to a store that survives interruption."""
+    if engine not in ENGINES:
+        raise InputError(f"engine {engine!r} is unknown", got=engine, expected=f"one of: {', '.join(ENGINES)}", hint=near(engine, ENGINES))
+    from partials.distribute import job as jobs
+    from partials.distribute.ranks import place
+    from partials.store.produce import Stopped
+    from partials.store.work import demand_known
+
+    demand_known(what)
+    here = place()
+    make = partial(job_of, asked, str(out.resolve()), what, None if weights is None else str(weights.resolve()), block, here.local)
+    made = make()
+    if dry_run:
+        print(_outlook(made, asked.json))
+        return
+    start, stop = time.perf_counter(), Stop()
+    with stop, _told() as tell:
+        try:
+            if engine == "ray":
+                from partials.distribute import ray
+
+                done = ray.run(made, make, resume=resume, address=address, tell=tell, stopping=stop.asked)
+            else:
+                done = jobs.local(made, here, resume=resume or here.world > 1, tell=tell, stopping=stop.asked)
+        except Stopped:
+            say(f"interrupted: finished blocks are kept; go on with\n  {_resuming()}")
+            raise typer.Exit(INTERRUPTED) from None
+    checked = jobs.recompute(made, jobs.RECOMPUTED) if here.rank == 0 else []
+    wrong = [(n, error) for n, error, tolerance in checked if not error <= tolerance]
+    _summary(made, done, time.perf_counter() - start, len(checked), asked.json)
+    if wrong:
+        say(f"sample {wrong[0][0]} comes out otherwise when it is computed again alone: off by {wrong[0][1]:.1e} of its norm")
+        raise typer.Exit(CHECK_FAILED)
+
+
+def info(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A folder that `partials run` wrote.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Say what is in a store: quantity, shape, parameters, what is missing. Nothing in it is run."""
+    with guarded():
+        from partials.store import Store
+
+        found = Store(store)
+        table = {name: list(shape) for name, shape in found.columns.shapes.items()}
+        if json:
+            fields: dict[str, Any] = {
+                "what": found.what,
+                "shape": list(found.main.shape),
+                "out": list(found.out),
+                "dtype": found.main.dtype,
+            }
+            fields |= {"parameters": table, "missing": found.missing, "fingerprint": found.fingerprint, "config": found.config}
+            print(json_module.dumps(fields, indent=2))
+            return
+        print(repr(found))
+        for name, shape in table.items():
+            print(f"  {name:<40} {tuple(shape)}")
+        for remark in found.remarks:
+            print(f"  note: {remark}")
+        for start, stop in found.missing[:8]:
+            print(f"  missing: samples {start} to {stop}")
+
+
+def verify(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A folder that `partials run` wrote.")],
+    forget: Annotated[bool, typer.Option("--forget", help="Let a resumed run compute damaged blocks again.")] = False,
+    recompute: Annotated[int, typer.Option("--recompute", min=0, help="Compute so many random rows again; needs --model and --data.")] = 0,
+    model: Annotated[
+        str | None, typer.Option("--model", help="For --recompute: as MODEL of `run`. A store's own words are never run.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", "-d", help="For --recompute.")] = None,
+    target: Annotated[str | None, typer.Option("--target", help="For --recompute.")] = None,
+    loss: Annotated[str | None, typer.Option("--loss", help="For --recompute.")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="For --recompute.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Compare every file of a store with its journal; exit code 1 where something is wrong."""
+    with guarded():
+        from partials.store.verify import verify as verified
+
+        with progress() as tell:
+            found = verified(store, tell if sys.stderr.isatty() else lambda _: None)
+        if recompute and found.passed:
+            if model is None or not data:
+                raise InputError("--recompute needs the model and the data", got="neither from the store", expected="--model and --data")
+            asked = Asked(model, data, target=target, loss=loss)
+            _recomputed(
+                found, job_of(asked, str(store), found.store.what, None if weights is None else str(weights), None, None), recompute
+            )
+        print(json_module.dumps(found.to_dict(), indent=2) if json else found)
+        if forget and found.findings:
+            from partials.store.verify import forget as forgotten
+
+            say(f"{forgotten(found)} blocks are no longer counted; `partials run ... --resume` computes them again")
+        if not found.passed:
+            raise typer.Exit(CHECK_FAILED)
+
+
+def job_of(asked: Asked, out: str, what: str, weights: str | None, block: int | None, local: int | None) -> Job:
+    """The job that the options describe: the same in every worker."""
+    import torch
+
+    import partials as pt
+    from partials._plan import parse_bytes
+    from partials.distribute.job import job
+    from partials.store.produce import BUFFERS
+
+    from . import prepare
+    from .sources import data_of
+
+    if asked.single:
+        raise InputError("a run is over many samples", got="--single", expected="data with samples first")
+    if local is not None and asked.device is None and torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    f, params, loss, change = prepare.function_of(asked)
+    if weights is not None:
+        _load(f, Path(weights))
+    specs = [*asked.data, asked.target] if asked.target is not None else asked.data
+    options: dict[str, Any] = {"params": params, "wrt": asked.wrt or None, "output": prepare._output(asked.output)}
+    options |= {"max_memory": asked.max_memory, "randomness": asked.randomness}
+    if asked.in_dims is not None:
+        options["in_dims"] = prepare.in_dims(asked.in_dims)
+
+    def jacobian(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        if loss is None:
+            return pt.jacobian(f, *inputs[0], kwargs=inputs[1], **options)
+        return pt.gradient(f, *inputs[0], loss=loss, kwargs=inputs[1], **options)
+
+    state = {name: t for name, t in f.state_dict().items() if isinstance(t, torch.Tensor)} if isinstance(f, torch.nn.Module) else {}
+    named = {name: value for name, value in options.items() if name != "max_memory"} | {"loss": asked.loss}
+    named |= {"params": asked.params, "training": getattr(f, "training", None), "dtype": asked.dtype}
+    budget = parse_bytes(asked.max_memory)
+    most = None if budget is None else budget // (2 * BUFFERS)
+    config = {**asdict(asked), "what": what, "weights": weights, "block": block}
+    return job(out, what, jacobian, data_of(specs, change).limited(asked.limit), state, named, config, block=block, most=most)
+
+
+@dataclass
+class Stop:
+    """SIGINT and SIGTERM (and SIGUSR1, which SLURM sends before it kills) end a run between two blocks; a second SIGINT ends it at once."""
+
+    signals: list[int] = field(default_factory=list)
+    before: dict[int, Any] = field(default_factory=dict)
+
+    def asked(self) -> bool:
+        return bool(self.signals)
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])):
+            self.before[number] = signal.signal(number, self._heard)
+
+    def __exit__(self, *raised: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _heard(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.signals:
+            raise KeyboardInterrupt
+        self.signals.append(number)
+        say(f"{signal.Signals(number).name}: stopping after the present block")
+
+
+@contextmanager
+def _told() -> Iterator[Callable[[Progress], None]]:
+    """On a terminal a line that is written over; else one every few seconds."""
+    last = [time.perf_counter()]
+    with progress() as tell:
+
+        def told(state: Progress) -> None:
+            if sys.stderr.isatty() or time.perf_counter() - last[0] > EVERY:
+                last[0] = time.perf_counter()
+                tell(str(state))
+
+        yield told
+
+
+def _load(f: Any, weights: Path) -> None:
+    if weights.suffix != ".safetensors":
+        raise InputError(
+            f"{weights} may hold code, which a file of weights must not",
+            got=weights.suffix,
+            expected=".safetensors",
+            hint="safetensors.torch.save_file(model.state_dict(), ...)",
+        )
+    from .loading import _safetensors
+    from .prepare import _demand_module
+
+    module = _demand_module(f, "--weights")
+    found = module.load_state_dict(_safetensors(weights), strict=False)
+    if found.missing_keys or found.unexpected_keys:
+        raise InputError(
+            f"{weights} does not fit the model",
+            got=f"missing {found.missing_keys[:3]}, unexpected {found.unexpected_keys[:3]}",
+            expected="the model's state_dict",
+        )
+
+
+def _outlook(made: Job, json: bool) -> str:
+    """What a run would do, from one sample."""
+    from partials._plan import human_bytes, human_time
+
+    J = made.work.jacobian(made.data.take(0, 1))
+    cost = J.plan.chosen.cost
+    seconds = cost.seconds * made.data.length if cost else 0.0
+    width = made.arrays[0].row_bytes * made.block
+    memory = 3 * width + (cost.bytes if cost else 0) * made.block
+    found = {"method": J.plan.method, "samples": made.data.length, "blocks": made.blocks, "samples in a block": made.block}
+    found |= {"bytes": made.bytes(), "peak memory": memory, "seconds": seconds}
+    if json:
+        return json_module.dumps(found, indent=2)
+    found |= {"bytes": human_bytes(float(made.bytes())), "peak memory": f"about {human_bytes(float(memory))}"}
+    found |= {"seconds": f"at most about {human_time(seconds)}, estimated from one sample"}
+    return "\n".join(f"{name:<20}{value}" for name, value in found.items())
+
+
+def _summary(made: Job, done: Progress, seconds: float, checked: int, json: bool) -> None:
+    from partials._plan import human_bytes
+
+    fields = {"store": str(made.path), "samples": done.rows, "blocks": done.done, "bytes": done.bytes, "seconds": round(seconds, 3)}
+    fields |= {"nonfinite": done.nonfinite, "recomputed": checked}
+    if json:
+        print(json_module.dumps(fields, indent=2))
+        return
+    strange = f", {done.nonfinite} rows with NaN or infinity" if done.nonfinite else ""
+    print(
+        f"{made.path}: {done.rows} samples in {done.done} blocks, {human_bytes(float(done.bytes))} in {seconds:.1f} s{strange}; "
+        f"{checked} rows computed again" + (", equal" if checked else "")
+    )
+
+
+def _recomputed(found: Verified, made: Job, rows: int) -> None:
+    from partials.distribute.job import recompute
+    from partials.store.verify import Finding
+
+    for n, error, tolerance in recompute(made, rows, seed=int.from_bytes(os.urandom(4))):
+        found.recomputed += 1
+        if not error <= tolerance:
+            block = n // made.block
+            found.findings.append(Finding(block, f"sample {n} comes out otherwise when computed again: off by {error:.1e} of its norm"))
+
+
+def _resuming() -> str:
+    words = [*sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])]
+    return f"partials {shlex.join(words)}"

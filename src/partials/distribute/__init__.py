@@ -1,0 +1,1 @@
+"""Many workers on one store: which block is whose, and who runs it."""

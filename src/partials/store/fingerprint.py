@@ -1,0 +1,61 @@
+"""Whose results a store holds: digests of parameters and data, and all that a number depends on. Another run's are refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .._errors import StoreError
+from .._typing import Tensor
+
+
+def of_tensors(named: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in order."""
+    digest = hashlib.sha256()
+    for name, tensor in named.items():
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(_raw(tensor))
+    return digest.hexdigest()
+
+
+def of_inputs(values: Iterable[Any]) -> str:
+    """A digest of one block's inputs, tensors by their bytes and anything else by its representation."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}\0{tuple(value.shape)}\0".encode())
+            digest.update(_raw(value))
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:16]
+
+
+def demand_same(found: Mapping[str, Any], expected: Mapping[str, Any], place: str) -> None:
+    """
+    Raises
+    ------
+    StoreError
+        where a store of one fingerprint is to be continued by a run of another.
+    """
+    apart = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    if apart:
+        name = apart[0]
+        raise StoreError(
+            f"{place} belongs to another run: its {', '.join(apart)} {'differs' if len(apart) == 1 else 'differ'}",
+            got=f"{name}: {_short(expected.get(name))}",
+            expected=f"{name}: {_short(found.get(name))}, as when it was made",
+            hint="another folder for this run; nothing was overwritten",
+        )
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().data if plain.numel() else memoryview(b"")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,201 @@
+"""Writing a store: its metadata once, then block after block, in any order and by any number of workers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from .._errors import StoreError
+from . import checksum, durable, fingerprint, journal
+from .format import LARGEST_HEADER, Array, group, parsed
+from .lock import FOLDER as LOCKS
+from .lock import Locks
+
+VERSION = 1
+CONFIG = "run.json"
+
+
+class Writer:
+    """A store that is being written by worker `rank` of `world`.
+
+    `arrays` are its arrays; `identity` is the fingerprint that a resumed run must have; `config` is kept beside the results.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        arrays: Sequence[Array],
+        identity: Mapping[str, Any],
+        config: Mapping[str, Any],
+        *,
+        rank: int = 0,
+        world: int = 1,
+        resume: bool = True,
+    ) -> None:
+        self.path, self.arrays = path, {a.name: a for a in arrays}
+        try:
+            self._open(identity, config, rank, world, resume)
+        except OSError as error:
+            raise durable.refused(path, error) from error
+
+    def _open(self, identity: Mapping[str, Any], config: Mapping[str, Any], rank: int, world: int, resume: bool) -> None:
+        path = self.path
+        existing = _existing(path)
+        if existing and not resume:
+            raise StoreError(
+                f"{path} holds a store already", got="a run into it", expected="a new folder", hint="--resume to go on with it"
+            )
+        if not existing:
+            _demand_empty(path, self.arrays)
+        path.mkdir(parents=True, exist_ok=True)
+        self.locks = Locks(path, rank, world)
+        try:
+            if existing or _existing(path):
+                self._demand_same(identity)
+            else:
+                self._create(identity, config)
+            self.done, self.remarks = journal.read(path)
+            self.demand_whole()
+            self.journal = journal.Journal(path, f"worker-{rank}-of-{world}")
+        except BaseException:
+            self.locks.release()
+            raise
+
+    def write(self, block: int, rows: tuple[int, int], values: Mapping[str, numpy.ndarray], info: Mapping[str, Any]) -> None:
+        """Commit one block: its shards, then its line."""
+        files = self.shards(block, values)
+        if rows[1] > self.arrays["values"].shape[0]:
+            self._grow(rows[1], block + 1)
+        self.commit(block, rows, files, info)
+
+    def shards(self, block: int, values: Mapping[str, numpy.ndarray]) -> dict[str, tuple[int, str, int]]:
+        """Write a block's shards; what its line will say of each. A worker without a journal of its own stops here."""
+        return {self.arrays[name].key(block): write_shard(self.path, self.arrays[name], block, part) for name, part in values.items()}
+
+    def commit(self, block: int, rows: tuple[int, int], files: dict[str, tuple[int, str, int]], info: Mapping[str, Any]) -> None:
+        """The line that makes a block count."""
+        entry = journal.Entry(block, rows, files, info={**info, "time": time.time()})
+        self.journal.append(entry)
+        self.done[block] = entry
+
+    def add(self, a: Array, values: numpy.ndarray) -> None:
+        """A further array of one block: a reduction's result."""
+        write_shard(self.path, a, 0, values)
+        durable.write(self.path / a.name / "zarr.json", [a.metadata().encode()], shared=True)
+
+    def demand_whole(self) -> None:
+        """
+        Raises
+        ------
+        StoreError
+            where a committed block's file is gone or has another size.
+        """
+        for block, entry in self.done.items():
+            for key, (size, _, _) in entry.files.items():
+                found = (self.path / key).stat().st_size if (self.path / key).is_file() else None
+                if found != size:
+                    raise damaged(block, key, "no such file" if found is None else f"{found} bytes", f"{size} bytes", self.path)
+
+    def close(self) -> None:
+        self.locks.release()
+
+    def _create(self, identity: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        for a in self.arrays.values():
+            durable.write(self.path / a.name / "zarr.json", [a.metadata().encode()], shared=True)
+        record = {"version": VERSION, "fingerprint": dict(identity), "arrays": list(self.arrays), "config": dict(config)}
+        durable.write(self.path / CONFIG, [json.dumps(record, indent=2, default=str).encode()], shared=True)
+        durable.write(self.path / "zarr.json", [group({"partials": VERSION}).encode()], shared=True)  # last: with it the store exists
+
+    def _grow(self, samples: int, blocks: int) -> None:
+        """Make the arrays longer, where the number of samples was not known beforehand."""
+        for name, a in self.arrays.items():
+            self.arrays[name] = grown = replace(a, shape=(blocks if a.name == "parts" else samples, *a.shape[1:]))
+            durable.write(self.path / name / "zarr.json", [grown.metadata().encode()], shared=True)
+
+    def _demand_same(self, identity: Mapping[str, Any]) -> None:
+        record = config_of(self.path)
+        fingerprint.demand_same(record["fingerprint"], json.loads(json.dumps(dict(identity))), str(self.path))
+        for name, a in self.arrays.items():
+            kept = array_of(self.path, name)
+            if (kept.shape[1:], kept.dtype, kept.block, kept.inner) != (a.shape[1:], a.dtype, a.block, a.inner):
+                raise StoreError(
+                    f"the array {name!r} of {self.path} has another form",
+                    got=f"{a.shape} {a.dtype} in blocks of {a.block}",
+                    expected=f"{kept.shape} {kept.dtype} in blocks of {kept.block}",
+                    hint="another folder for this run; nothing was overwritten",
+                )
+            self.arrays[name] = kept if kept.shape[0] > a.shape[0] else a
+
+
+def write_shard(path: Path, a: Array, block: int, values: numpy.ndarray) -> tuple[int, str, int]:
+    """One shard, durably; (bytes, kind of checksum, checksum)."""
+    pieces = a.shard(values.astype(a.dtype, copy=False))
+    durable.write(path / a.key(block), pieces)
+    kind = checksum.kind()
+    return sum(len(p) for p in pieces), kind, checksum.of_pieces([_array(p) for p in pieces], kind)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """What `run.json` says: {"version", "fingerprint", "arrays", "config"}."""
+    try:
+        record = json.loads(bounded(path / CONFIG))
+        if not isinstance(record, dict) or record["version"] != VERSION:
+            raise ValueError(f"version {record['version']}")
+        if not isinstance(record["fingerprint"], dict) or not all(isinstance(name, str) for name in record["arrays"]):
+            raise ValueError("its fields")
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path / CONFIG} cannot be read", got=str(error), expected=f"version {VERSION} of what `partials run` writes"
+        ) from None
+    return record
+
+
+def array_of(path: Path, name: str) -> Array:
+    if journal.escaped(name) != name:
+        raise StoreError("an array of the store has a name that is no plain word", got=name, expected="letters, digits, - and _")
+    return parsed(name, bounded(path / name / "zarr.json"))
+
+
+def bounded(path: Path) -> str:
+    """The text of a metadata file, not followed out of the store and not larger than such a file can be."""
+    if path.is_symlink() or not path.is_file():
+        raise StoreError(f"{path} is missing", got="no such file" if not path.exists() else "a link", expected="a file of the store")
+    if path.stat().st_size > LARGEST_HEADER:
+        raise StoreError(f"{path} is too large", got=f"{path.stat().st_size} bytes", expected=f"at most {LARGEST_HEADER}")
+    return path.read_text(encoding="utf-8")
+
+
+def damaged(block: int, key: str, got: str, expected: str, path: Path) -> StoreError:
+    return StoreError(
+        f"block {block} of {path} is damaged: {key}",
+        got=got,
+        expected=expected,
+        hint=f"partials verify {path} --forget, which lets a resumed run compute damaged blocks again",
+    )
+
+
+def _array(piece: Any) -> Any:
+    return numpy.frombuffer(piece, numpy.uint8)
+
+
+def _existing(path: Path) -> bool:
+    return (path / "zarr.json").exists()
+
+
+def _demand_empty(path: Path, arrays: Iterable[str]) -> None:
+    """A run that was killed while it made the store leaves only its own beginnings; anything else is somebody's."""
+    ours = {CONFIG, journal.FOLDER, LOCKS, *arrays}
+    strange = sorted(p.name for p in path.iterdir() if p.name not in ours and not p.name.endswith(durable.PARTIAL)) if path.is_dir() else []
+    if strange or path.is_file():
+        raise StoreError(
+            f"{path} is not empty and no store",
+            got=f"it holds {', '.join(strange[:3])}" if strange else "a file",
+            expected="a new or empty folder",
+            hint="another folder",
+        )

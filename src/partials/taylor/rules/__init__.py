@@ -1,0 +1,7 @@
+"""Jet rules, one file for each family; importing them fills the table."""
+
+from __future__ import annotations
+
+from . import arithmetic, attention, bent, norm, pointwise, products, reduce, structure, values
+
+__all__ = ["arithmetic", "attention", "bent", "norm", "pointwise", "products", "reduce", "structure", "values"]

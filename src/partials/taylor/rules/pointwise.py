@@ -1,0 +1,100 @@
+"""Functions of one variable with derivatives of every order, entry by entry: a series for each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .. import series
+from ..jets import Jet, NoRule, compose, minus
+from ..kernels import Series
+from ..table import enter, jet_rule
+
+_SMOOTH: dict[str, Series] = {
+    name: getattr(series, name)
+    for name in (
+        *("exp", "exp2", "expm1", "log", "log1p", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan"),
+        *("asinh", "acosh", "atanh", "sigmoid", "logsigmoid", "erf", "softsign"),
+    )
+} | {
+    "sqrt": series.power(0.5),
+    "rsqrt": series.power(-0.5),
+    "log2": functools.partial(series.log, base=2.0),
+    "log10": functools.partial(series.log, base=10.0),
+    "expit": series.sigmoid,
+    **{f"arc{name[1:]}": getattr(series, name) for name in ("asin", "acos", "atan", "asinh", "acosh", "atanh")},
+}
+
+
+def _smooth(of: Series) -> Callable[..., Jet]:
+    return lambda f: compose(of, f)
+
+
+for _name, _series in _SMOOTH.items():
+    enter(_smooth(_series), _name)
+
+
+@jet_rule("erfc")
+def erfc(f: Jet) -> Jet:
+    return minus(1.0, compose(series.erf, f))
+
+
+@jet_rule("ndtr")
+def ndtr(f: Jet) -> Jet:
+    raise NoRule("special.ndtr")
+
+
+@jet_rule("tanhshrink")
+def tanhshrink(f: Jet) -> Jet:
+    return minus(f, compose(series.tanh, f))
+
+
+@jet_rule(F.softplus)
+def softplus(f: Jet, beta: float = 1, threshold: float = 20) -> Jet:
+    return compose(series.softplus(beta, threshold), f)
+
+
+@jet_rule(F.silu)
+def silu(f: Jet, inplace: bool = False) -> Jet:
+    return compose(series.silu, _kept(f, inplace))
+
+
+@jet_rule(F.mish)
+def mish(f: Jet, inplace: bool = False) -> Jet:
+    return compose(series.mish, _kept(f, inplace))
+
+
+@jet_rule(F.gelu)
+def gelu(f: Jet, approximate: str = "none") -> Jet:
+    return compose(series.gelu_tanh if approximate == "tanh" else series.gelu, f)
+
+
+@jet_rule(F.elu)
+def elu(f: Jet, alpha: float = 1.0, inplace: bool = False) -> Jet:
+    return compose(series.elu(alpha), _kept(f, inplace))
+
+
+@jet_rule(F.selu, torch.selu)
+def selu(f: Jet, inplace: bool = False) -> Jet:
+    return compose(series.elu(series.SELU_ALPHA, series.SELU_SCALE), _kept(f, inplace))
+
+
+@jet_rule(F.celu, torch.celu)
+def celu(f: Jet, alpha: float = 1.0, inplace: bool = False) -> Jet:
+    return compose(series.elu(alpha, 1.0, 1 / alpha), _kept(f, inplace))
+
+
+@jet_rule(F.hardswish)
+def hardswish(f: Jet, inplace: bool = False) -> Jet:
+    return compose(series.hardswish, _kept(f, inplace))
+
+
+def _kept(f: Jet, inplace: Any) -> Jet:
+    """An activation that overwrites its input leaves that input's jet behind: only where nothing else can read it is that no matter."""
+    if inplace:
+        raise NoRule("an activation with inplace=True")
+    return f

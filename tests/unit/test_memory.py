@@ -1,0 +1,81 @@
+"""max_memory is kept: the growth of a fresh process's memory, as the kernel counts it, against budgets of 1/2, 1/8 and 1/32 of the peak."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
+
+PROGRAM = """
+import ctypes, gc, sys
+import torch, torch.nn.functional as F
+from torch import nn
+import partials as pt
+torch.set_num_threads(1); torch.manual_seed(0)
+kind, budget = sys.argv[1], sys.argv[2]
+mlp = lambda *sizes: nn.Sequential(*[layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())][:-1])
+labels = lambda n: torch.randint(10, (n,))
+class Mean(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x):
+        return self.net(x).mean(1)
+CASES = {  # model, inputs, quantity
+    "norms": (mlp(256, 512, 512, 10), (torch.randn(8192, 256), labels(8192)), lambda J, out: J.norms()),
+    "sums": (mlp(256, 256, 256, 10), (torch.randn(16384, 256), labels(16384)), lambda J, out: J.sum()),
+    "clipped": (mlp(256, 256, 256, 10), (torch.randn(16384, 256), labels(16384)), lambda J, out: J.clipped_sum(0.1)),
+    "gram": (Mean(mlp(64, 512, 512, 10)), (torch.randn(100, 128, 64), labels(100)), lambda J, out: J.gram()),
+    "dense": (mlp(64, 128, 10), (torch.randn(8192, 64), labels(8192)), lambda J, out: J.dense(out=out)),
+    "ten outputs": (mlp(256, 512, 512, 10), (torch.randn(2048, 256),), lambda J, out: J.norms()),
+}
+model, inputs, quantity = CASES[kind]
+def compute(few, memory):
+    if len(few) == 1:
+        return pt.jacobian(model, *few, max_memory=memory)
+    return pt.gradient(model, *few, loss=F.cross_entropy, max_memory=memory)
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+few = tuple(x[:20] for x in inputs)
+for memory in (None, "3MB", "1GiB"):  # what is loaded the first time is no growth of the call's
+    try:
+        J = compute(few, memory)
+        quantity(J, torch.zeros(J.shape))
+    except pt.MemoryBudgetError:
+        pass
+out = torch.zeros(len(inputs[0]), J.shape[-1]) if kind == "dense" else None
+del J; gc.collect(); ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+J = compute(inputs, None if budget == "none" else int(budget))
+found = quantity(J, out)
+print(status("VmHWM") - before, float(found.double().abs().sum()))
+"""
+
+
+def peak(kind, budget):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", PROGRAM, kind, str(budget)], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    growth, total = run.stdout.split()
+    return int(growth), float(total)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["norms", "sums", "clipped", "gram", "dense", "ten outputs"])
+def test_budgets_are_kept(kind):
+    unbudgeted, expected = peak(kind, "none")
+    for part in (2, 8, 32):
+        grown, found = peak(kind, unbudgeted // part)
+        assert grown <= 1.1 * unbudgeted / part, f"1/{part}: {grown / 1e6:.1f} MB of {unbudgeted / part / 1e6:.1f}"
+        assert abs(found - expected) <= 1e-4 * abs(expected)
+
+
+def test_a_budget_is_kept():
+    grown, _ = peak("norms", 20_000_000)
+    assert grown <= 22_000_000
