@@ -6,6 +6,7 @@ Without the private names a capture sees only plain tensors: what runs under a v
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,15 @@ def reverse(output: Tensor, seed: Tensor, edges: Sequence[Any], *, create_graph:
     if PRIVATE and _run_backward is not None:
         return tuple(_run_backward((output,), (seed,), True, create_graph, tuple(edges), True, accumulate_grad=False))
     return torch.autograd.grad(output, edges, seed, retain_graph=True, create_graph=create_graph, allow_unused=True)
+
+
+def compiled_somewhere() -> bool:
+    """Whether `torch.compile` can have made anything in this process; with public names only, whether its module has been loaded."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    backends = getattr(dynamo, "cached_backends", None) if PRIVATE else None
+    if backends is None:
+        return "torch._dynamo" in sys.modules
+    return any(backend is not None for backend in backends.values())
 
 
 def transforming() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -12,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from ._compat import compiled_somewhere
 from ._modules import modules
 from ._typing import Tensor
 
@@ -36,7 +36,7 @@ class Running(AbstractContextManager["Running"]):
             contexts.append(torch.inference_mode(False))
         if contexts or not torch.is_grad_enabled():
             contexts.append(torch.enable_grad())
-        if "torch._dynamo" in sys.modules:
+        if compiled_somewhere():
             contexts.append(uncompiled())
         if self.module is not None and any(owner._buffers for owner in modules(self.module)):
             contexts.append(untouched(self.module))
@@ -129,7 +129,7 @@ _EAGER: list[Any] = []
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Inside, what `torch.compile` made runs the Python that it was made from: compiled code shows no operations to a mode."""
-    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
+    if not compiled_somewhere():
         yield
         return
     with _EAGER_LOCK:
