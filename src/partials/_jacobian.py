@@ -217,8 +217,9 @@ class Jacobian(AbstractJacobian):
         "rademacher"
             (|x|^2 |y|^2 + <x,y>^2 - 2 sum_p x_p^2 y_p^2) / k: random signs, at the same cost, made faster.
         "sparse"
-            the same as that of signs. Every entry is added to one column in each of h = gcd(k, 4) segments: rows are formed a few at a time,
-            and the cost is N C P h whatever k is. (Kane and Nelson 2014, "Sparser Johnson-Lindenstrauss transforms", block construction.)
+            the same as that of signs. Every entry is added to one column in each of h = gcd(k, 4) segments: rows are formed a few at a
+            time, and the cost is N C P h whatever k is. (Kane and Nelson 2014, "Sparser Johnson-Lindenstrauss transforms", block
+            construction.)
         "kronecker"
             for each matrix parameter, (d, e) by its first dimension and the rest, A^T X B with random signs A (d, k1), B (e, k2), k1 k2 = k
             as nearly square as k allows: inputs and cotangents are projected before they meet, and no row is formed. It is no single
