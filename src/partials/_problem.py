@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,8 @@ class Problem:
     """The last positional input where a loss reads it; it is not passed to the function."""
     budget: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What f runs in: a mode, where an operation of torch's must be written out to be differentiated as often as f needs."""
     random_state: RandomState | None = None
     """With randomness="model", the state that f's random numbers are drawn from."""
 
@@ -139,7 +141,8 @@ class Problem:
             args, kwargs, wanted = rebuild((self.args, self.kwargs, self.loss_target), iter(values))
         if all(own is given for own, given in outside):
             outside = []
-        returned = call_with(self.function, outside, args, kwargs, attached=self.create_graph)
+        with self.within():
+            returned = call_with(self.function, outside, args, kwargs, attached=self.create_graph)
         loss: Callable[[Any, Any], Any] | None = self.options.get("loss")
         return (returned if loss is None else loss(self.picker.select(returned), wanted)), returned
 
