@@ -38,7 +38,7 @@ except ImportError:  # pragma: no cover
 
 
 try:
-    from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
+    from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode  # type: ignore[attr-defined]
 except ImportError:  # pragma: no cover - a torch that moved its internals
     _pop_mode = None  # type: ignore[assignment]
 

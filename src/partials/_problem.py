@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -49,6 +49,8 @@ class Problem:
     """The last positional input where a loss reads it; it is not passed to the function."""
     budget: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What f runs in: a mode, where an operation of torch's must be written out to be differentiated as often as f needs."""
     random_state: RandomState | None = None
     """With randomness="model", the state that f's random numbers are drawn from."""
 
@@ -136,7 +138,8 @@ class Problem:
                 values, outside = self._standing_in(tensors, values)
             if any(value is not leaf.tensor for leaf, value in zip(self.leaves, values, strict=True)):
                 args, kwargs, wanted = rebuild((args, kwargs, wanted), iter(values))
-        returned = call_with(self.function, outside, args, kwargs, attached=self.create_graph)
+        with self.within():
+            returned = call_with(self.function, outside, args, kwargs, attached=self.create_graph)
         loss: Callable[[Any, Any], Any] | None = self.options.get("loss")
         return (returned if loss is None else loss(self.picker.select(returned), wanted)), returned
 

@@ -24,6 +24,7 @@ from ._problem import Problem
 from ._rows import Origin
 from ._state import rng_kept
 from .methods import METHODS, Computed
+from .methods._composite import Composite
 
 NAMES = ["capture", *METHODS]
 """Every method, by the name that `method=` takes."""
@@ -78,7 +79,7 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
         with problem.running(f"computing the Jacobian (method {made.method!r})"):
             try:
                 aux = _whole(problem)
-                computed = METHODS[made.method].run(problem, facts, made.chunk)
+                computed = METHODS[made.method].run(exact(problem, facts), facts, made.chunk)
                 return replace(computed, aux=aux if computed.aux is None else computed.aux, doubtful=doubtful), made
             except MethodError as error:
                 if method != "auto":
@@ -191,6 +192,11 @@ def _whole(problem: Problem) -> Any:
         return None
     with rng_kept(problem.targets[0].tensor.device):
         return detached(problem.function(*problem.args, **problem.kwargs))
+
+
+def exact(problem: Problem, facts: Facts) -> Problem:
+    """The same problem in whose runs of f normalisations are written out, where f differentiates through them itself."""
+    return replace(problem, within=Composite) if facts.inexact else problem
 
 
 def without_graph(problem: Problem) -> Problem:
