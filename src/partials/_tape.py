@@ -57,11 +57,11 @@ class tape:
     def __enter__(self) -> tape:
         if not self._recorder.open:
             raise InputError("a tape records once", got="a second `with`", hint="pt.tape(net) anew for each computation")
-        self._recorder.__enter__()
+        self._recorder.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._recorder.__exit__(*error)
+        self._recorder.__exit__(*error)  # type: ignore[no-untyped-call]
         self._recorder.open = False
 
     def jacobian(self, r: Tensor, check: str = "first") -> Jacobian:
@@ -96,7 +96,7 @@ class tape:
         J: Any = wrap(problem, computed, plan, Origin())
         if check != "never":
             self._compare(J, r)
-        return J  # type: ignore[no-any-return]
+        return J
 
     def _compare(self, J: Jacobian, r: Tensor) -> None:
         """The rows against one ordinary backward, folded by sample."""

@@ -183,7 +183,7 @@ def _conv2d(
     """The patches as rows of a matrix: memory for each place of the kernel, and a product that is recorded like any other."""
     if groups != 1 or isinstance(padding, str) or input.ndim != 4:
         raise Refused("a convolution with groups, padding by name or without a batch, within f's own reverse passes")
-    patches = F.unfold(input, weight.shape[-2:], dilation, padding, stride)  # type: ignore[arg-type]
+    patches = F.unfold(input, weight.shape[-2:], dilation, padding, stride)
     z = F.linear(patches.mT, weight.flatten(1), bias).mT
     height = _length(input.shape[2], weight.shape[2], stride, padding, dilation, 0)
     return z.unflatten(2, (height, z.shape[2] // height))

@@ -39,9 +39,9 @@ def log_derivatives(log_psi: nn.Module, *inputs: Any, mode: str = "real", **opti
     if mode not in MODES:
         raise InputError(f"mode={mode!r} is unknown", got=repr(mode), expected=f"one of: {', '.join(MODES)}")
     if mode == "real":
-        return jacobian(log_psi, *inputs, **options)  # type: ignore[no-any-return]
+        return jacobian(log_psi, *inputs, **options)
     if mode == "complex":
-        return jacobian(_as_real(log_psi), *inputs, params=log_psi, **options)  # type: ignore[no-any-return]
+        return jacobian(_as_real(log_psi), *inputs, params=log_psi, **options)
     parts = {name: torch.view_as_real(p.detach()).requires_grad_() for name, p in log_psi.named_parameters() if p.is_complex()}
     if len(parts) < len(list(log_psi.parameters())):
         raise InputError("a holomorphic function has complex parameters only", got="some that are real", hint='mode="complex"')
@@ -50,7 +50,7 @@ def log_derivatives(log_psi: nn.Module, *inputs: Any, mode: str = "real", **opti
         whole = {name: torch.view_as_complex(part) for name, part in parts.items()}
         return torch.view_as_real(torch.func.functional_call(log_psi, whole, given))
 
-    return jacobian(of_parts, *inputs, params=parts, **options)  # type: ignore[no-any-return]
+    return jacobian(of_parts, *inputs, params=parts, **options)
 
 
 def _as_real(log_psi: nn.Module) -> Callable[..., Tensor]:

@@ -203,20 +203,8 @@ def _unable(refusal: str) -> MethodError:
 def _bends(call: Call) -> set[str]:
     """The functions of straight pieces that a call runs through."""
     with Bends() as seen:
-        rehearse(_Seen(call, seen), {})  # type: ignore[arg-type]
+        rehearse(call, {}, watched=True)
     return seen.names
-
-
-class _Seen:
-    """A call that runs under a mode, wherever it is run."""
-
-    def __init__(self, call: Call, mode: Bends) -> None:
-        self.inner, self.mode = call, mode
-        self.function, self.tensors = call.function, call.tensors
-
-    def __call__(self, replaced: Mapping[str, Tensor]) -> Any:
-        with self.mode:
-            return self.inner(replaced)
 
 
 def _require_policy(method: str, check: str) -> None:

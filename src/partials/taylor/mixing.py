@@ -146,9 +146,9 @@ class Proof:
 
         def alike(point: int) -> Callable[[], Any]:
             moved = {name: self._rows(tensors[name], np.full(count, point)) for name in self.asked}
-            return partial(rehearse, call, {**tensors, **moved})
+            return partial(rehearse, call, {**tensors, **moved}, watched=True)
 
-        found = (first_difference(partial(rehearse, call, tensors), alike(n), count, n) for n in (count // 2, count - 1))
+        found = (first_difference(partial(rehearse, call, tensors, watched=True), alike(n), count, n) for n in (count // 2, count - 1))
         return next((culprit for culprit in found if culprit is not None), None)
 
 

@@ -46,12 +46,12 @@ class JetMode(TorchFunctionMode):
 
     def __enter__(self) -> JetMode:
         _RUNNING.depth = getattr(_RUNNING, "depth", 0) + 1
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         _RUNNING.depth -= 1
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def expose(self, jet: Jet) -> Tensor:
         """The value as an ordinary tensor that carries the jet."""
@@ -69,7 +69,7 @@ class JetMode(TorchFunctionMode):
             if token is self.token:
                 if value.grad_fn is not None:  # a custom autograd.Function ran the rules in its forward and has a derivative of its own
                     raise NoRule(f"{type(value.grad_fn).__name__}, which torch functions do not show")
-                return jet  # type: ignore[no-any-return]
+                return jet
             if value.requires_grad and value.grad_fn is not None:
                 self._demand_free(value)
         return None

@@ -6,7 +6,7 @@ import functools
 import types
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,28 +18,28 @@ from .coordinates import Call
 from .transforms import inside_transform
 
 
-def rehearse(call: Call, replaced: Mapping[str, Tensor]) -> Any:
+def rehearse(call: Call, replaced: Mapping[str, Tensor], *, watched: bool = False) -> Any:
     """What the call returns with some inputs replaced, detached; the random state and the buffers stay as they were.
 
-    The inputs require grad, since the function may well differentiate by them itself.
+    The inputs require grad, since the function may well differentiate by them itself. Modes around us see it only if it is `watched`.
     """
     inputs = {**call.tensors, **replaced}
     if not inside_transform():
         inputs = {name: tensor.detach().requires_grad_(tensor.is_floating_point()) for name, tensor in inputs.items()}
-    with without_trace(call), torch.enable_grad():
+    with without_trace(call, watched=watched), torch.enable_grad():
         value = call(inputs)
     return value.detach() if isinstance(value, Tensor) else value
 
 
 @contextmanager
-def without_trace(call: Call) -> Iterator[None]:
+def without_trace(call: Call, *, watched: bool = False) -> Iterator[None]:
     """What runs inside leaves the random state and the buffers as they were, and no mode around us sees it."""
     buffers = [
         buffer for part in parts(call.function) if isinstance(part, nn.Module) for buffer in part.buffers() if not buffer.is_inference()
     ]
     saved = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers]
     devices = sorted({tensor.device.index for tensor in call.tensors.values() if tensor.is_cuda})
-    with unwatched(), torch.random.fork_rng(devices=devices):
+    with nullcontext() if watched else unwatched(), torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

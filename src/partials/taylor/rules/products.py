@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ..._typing import Tensor
-from ..jets import Jet, NoRule, bilinear, linear, plus, stacked
+from ..jets import Jet, NoRule, bilinear, lengthened, linear, plus, stacked
 from ..table import enter, jet_rule
-from .structure import batchwise, lengthened
+from .structure import batchwise
 
 
 @jet_rule(F.linear)
