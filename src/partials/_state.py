@@ -60,14 +60,19 @@ def random_state(device: torch.device) -> RandomState:
     return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
 
 
+def restore(state: RandomState, device: torch.device) -> None:
+    """The generators of the CPU and of `device` as `random_state` found them."""
+    torch.set_rng_state(state[0])
+    for other in state[1:]:
+        torch.cuda.set_rng_state(other, device)
+
+
 @contextmanager
 def drawn_from(state: RandomState | None, device: torch.device) -> Iterator[None]:
     """Random numbers from `state` (None: as they come) inside, and the random state as it was afterwards."""
     with rng_kept(device):
         if state is not None:
-            torch.set_rng_state(state[0])
-            for other in state[1:]:
-                torch.cuda.set_rng_state(other, device)
+            restore(state, device)
         yield
 
 
