@@ -16,8 +16,8 @@ from ._errors import InputError, listed
 from ._output import Picker, check_output
 from ._signature import Leaf, argument_names, batch_size, checked_dim, explicit_dims, lookup, rebuild, usable
 from ._state import RandomState, Running, random_state
-from ._substitute import call_with
-from ._targets import Arguments, Target, arguments_of, choose, demand_values, name_of, shared_by_convention
+from ._substitute import call_with, with_constants
+from ._targets import Arguments, Target, arguments_of, choose, demand_values, name_of, shared_by_convention, spared
 from ._typing import Function, Tensor
 
 RANDOMNESS = ("error", "model", "same", "different")
@@ -53,6 +53,8 @@ class Problem:
     """What f runs in: a mode, where an operation of torch's must be written out to be differentiated as often as f needs."""
     random_state: RandomState | None = None
     """With randomness="model", the state that f's random numbers are drawn from."""
+    spared: tuple[Tensor, ...] = ()
+    """Parameters that require grad and were not asked for: a run needs to keep nothing for them."""
 
     @cached_property
     def parameters(self) -> tuple[Target, ...]:
@@ -162,6 +164,13 @@ class Problem:
         pairs = zip(self.leaves, values, strict=True)
         return [by_id.get(id(leaf.tensor), by_name.get(leaf.name, value)) for leaf, value in pairs], outside
 
+    def narrowed(self) -> Problem:
+        """The same with f's `spared` parameters as constants, so that autograd keeps nothing below those that were asked for."""
+        if not self.spared or self.create_graph:
+            return self
+        function = with_constants(self.function, self.spared, [t.own for t in self.targets if t.leaf is None])
+        return self if function is None else replace(self, function=function, spared=())
+
     def values(self) -> Tensor:
         """f's output on the user's own batch, checked: (N, *out)."""
         return check_output(self(), self.size, self.name, batched=self.batched)
@@ -228,6 +237,7 @@ def normalise(
         budget=budget,
         options={} if loss is None else {"loss": loss},
         random_state=random_state(targets[0].tensor.device) if randomness == "model" else None,
+        spared=() if wrt is None else spared(f if params is None else params, targets),
     )
 
 

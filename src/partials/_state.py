@@ -106,7 +106,7 @@ def drawn_since(state: RandomState, device: torch.device) -> bool:
 
 
 def restore(state: RandomState, device: torch.device) -> None:
-    """The random state as it was."""
+    """The generators of the CPU and of `device` as `random_state` found them."""
     torch.set_rng_state(state[0])
     for other in state[1:]:
         torch.cuda.set_rng_state(other, device)

@@ -56,6 +56,19 @@ def structural_copy(module: nn.Module, replaced: Pairs = (), *, attached: bool =
         ) from error
 
 
+def with_constants(f: Function, constants: Sequence[Tensor], kept: Sequence[Tensor]) -> Function | None:
+    """f with `constants` detached and the very tensors `kept`; None for a module that cannot be copied in structure with them."""
+    if not isinstance(f, nn.Module):
+        pairs = [(tensor, tensor.detach()) for tensor in constants]
+        return lambda *args, **kwargs: call_with(f, pairs, args, kwargs)
+    try:
+        copied = structural_copy(f, [(tensor, tensor) for tensor in kept])
+    except MethodError:
+        return None
+    held = {id(parameter) for parameter in copied.parameters()}
+    return copied if all(id(tensor) in held for tensor in kept) else None
+
+
 class _Replacing(TorchFunctionMode):
     """Replaces tensors by identity in the arguments of every torch function."""
 

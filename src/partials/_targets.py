@@ -89,6 +89,15 @@ def choose(
     return _checked(targets), aliases
 
 
+def spared(source: Any, targets: list[Target]) -> tuple[Tensor, ...]:
+    """The parameters of `source` that require grad and are no targets; none where one of them may have been computed from a target."""
+    if not isinstance(source, nn.Module | Mapping | list | tuple):
+        return ()
+    own = {id(t.own) for t in targets}
+    others = tuple(t for t in _outside(source)[0].values() if t.requires_grad and id(t) not in own)
+    return others if all(t.is_leaf for t in others) else ()
+
+
 def name_of(f: Function) -> str:
     if isinstance(f, nn.Module):
         return type(f).__name__

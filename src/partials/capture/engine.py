@@ -10,9 +10,11 @@ from torch.func import vmap as torch_vmap
 
 from .. import _compat
 from .._blocks import Block, Dense
-from .._errors import listed
+from .._errors import PartialsError, listed
+from .._machine import out_of_memory
 from .._output import check_output
 from .._problem import Problem
+from .._state import random_state, restore
 from .._typing import Tensor
 from ..methods._base import Computed
 from ..methods._complete import stood_in_for
@@ -33,6 +35,22 @@ Run = tuple[Tensor, Any, Trace, dict[str, Tensor]]
 
 def native(problem: Problem, kind: type[Recorder] = Recorder) -> Run:
     """f on the user's own batch: native kernels, the model's own masks, in-place writes and data-dependent branches."""
+    narrowed = problem.narrowed()
+    if narrowed is problem:
+        return _watched(problem, kind)
+    before = random_state(problem.targets[0].tensor.device)
+    try:
+        return _watched(narrowed, kind)
+    except (Refused, PartialsError):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+    restore(before, problem.targets[0].tensor.device)
+    return _watched(problem, kind)  # an f that needs the graph of what was not asked for (it differentiates within), or that fails anyway
+
+
+def _watched(problem: Problem, kind: type[Recorder]) -> Run:
     tensors, leaves = problem.tensors(), problem.given
     shared = {t.leaf for t in problem.parameters}
     inputs = {t.leaf: tensors[t.name] for t in problem.inputs}
