@@ -104,7 +104,7 @@ Part = OuterPart | SumPart | GatherPart | ConvPart | ExpandedPart | Declined
 
 def with_data(part: Part, function: Callable[[Tensor], Tensor]) -> Part:
     """The part, with `function` applied to each of its data tensors."""
-    for name in data_of(type(part)):
+    for name in data_of(type(part)):  # type: ignore[arg-type]
         value = getattr(part, name)
         changed = function(value) if isinstance(value, Tensor) else rebuild(value, iter([function(t) for t in tensors_in((value,))]))
         setattr(part, name, changed)
@@ -114,7 +114,7 @@ def with_data(part: Part, function: Callable[[Tensor], Tensor]) -> Part:
 def keep(part: Part, *, attached: bool) -> list[tuple[Tensor, int]]:
     """The part's data tensors with their versions; cut from the graph in place, unless `attached`: memory and versions are shared."""
     found: list[tuple[Tensor, int]] = []
-    for name in data_of(type(part)):
+    for name in data_of(type(part)):  # type: ignore[arg-type]
         value = getattr(part, name)
         if isinstance(value, Tensor):
             if not attached and value.requires_grad:
