@@ -158,9 +158,15 @@ class Recorder(TorchFunctionMode):
                     raise Refused(f"torch's derivative of {label(func)} under vmap is wrong")
             if func in ANSWERS:
                 self._note_answer(func, out)
-            elif func in ROUTES or (func in _PICKS and _by_data(args[1])):
+            elif func in ROUTES or (func in _PICKS and _by_data(args[1]) and not self._fixed(args, out)):
                 self.trace.routed = True
         return out
+
+    def _fixed(self, args: Any, out: Any) -> bool:
+        """Whether a pick is the same for all data and no cotangent goes through it: a mask looked up by positions that f counted out."""
+        if not torch.is_grad_enabled() or any(t.requires_grad for t in tensors_in((args, out))):
+            return False  # (without grad it may be the inside of somebody's own Function)
+        return not any(self.depends(t) for t in tensors_in(args[1:2]))
 
     def _note_answer(self, func: Any, out: Any) -> None:
         answer = repr(out[1].tolist() if func is _compat.PACK else out)
