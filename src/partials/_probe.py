@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from ._compat import transform_of
 from ._errors import OutputError, RandomnessError
 from ._graph import hides_uses
 from ._output import check_output
@@ -23,6 +24,10 @@ from .rules import embedding
 
 UNBATCHED = frozenset({torch.native_group_norm})
 """torch 2.13: vmap of the backward of its second and third output is wrong, with no error (F.group_norm has only the first)."""
+
+
+STATISTICS = frozenset({F.layer_norm, torch.layer_norm, F.instance_norm, torch.instance_norm})
+"""torch 2.13: their third derivative is wrong, with no error; under a transform the second one is."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Facts:
     """Operations whose forward-mode derivative differs from the reverse-mode one."""
     vmap_unsafe: tuple[str, ...] = ()
     """Operations whose derivative under vmap is not that of the operation."""
+    inexact: bool = False
+    """f differentiates through one of `STATISTICS` itself, which must be written out then."""
     reentrant: bool = False
     """The graph has a node that runs a part of f again in the reverse pass (`torch.utils.checkpoint` with use_reentrant=True)."""
 
@@ -88,6 +95,7 @@ def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] 
         None,
         tuple(counter.unsafe),
         tuple(counter.unbatched),
+        counter.inexact,
         hides_uses(out),
     )
 
@@ -124,6 +132,7 @@ class _Counter(TorchFunctionMode):
         self.random: dict[str, None] = {}
         self.unsafe: dict[str, None] = {}
         self.unbatched: dict[str, None] = {}
+        self.differentiates = self.normalises = False
         self.seen: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,11 +148,19 @@ class _Counter(TorchFunctionMode):
             self.written += result.numel() * result.element_size()
         if state is not None and state != random_state():
             self.random[(resolve_name(func) or getattr(func, "__name__", "a random operation")).removeprefix("torch.")] = None
+        self.differentiates |= func is torch.autograd.grad
+        if func in STATISTICS:
+            self.normalises = True
+            self.differentiates |= transform_of(args[0] if args else kwargs["input"]) != ""
         if func in UNBATCHED:
             self.unbatched[func.__name__] = None
         if func is F.embedding and (kwargs.get("padding_idx") is not None or (len(args) > 2 and args[2] is not None)):
             self.unsafe["embedding with padding_idx"] = None
         return out
+
+    @property
+    def inexact(self) -> bool:
+        return self.differentiates and self.normalises
 
     @contextmanager
     def saving(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ from ._problem import Problem
 from ._rows import Origin
 from ._state import rng_kept
 from .methods import METHODS, Computed
+from .methods._composite import Composite
 
 NAMES = ["capture", *METHODS]
 """Every method, by the name that `method=` takes."""
@@ -39,7 +40,7 @@ def plan(problem: Problem, method: str = "auto") -> tuple[Plan, Facts]:
     verdicts = (seen.verdict, *_textbook(problem, facts, seen.refused))
     wanted = "capture" if method == "auto" and seen.verdict.accepted else method
     made = _plan(problem, facts, verdicts, choose(verdicts, wanted, problem.budget))
-    made.uses = seen.uses
+    made.recorded = seen.uses
     return made, facts
 
 
@@ -78,7 +79,7 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
         with problem.running(f"computing the Jacobian (method {made.method!r})"):
             try:
                 aux = _whole(problem)
-                computed = METHODS[made.method].run(problem, facts, made.chunk)
+                computed = METHODS[made.method].run(exact(problem, facts), facts, made.chunk)
                 return replace(computed, aux=aux if computed.aux is None else computed.aux, doubtful=doubtful), made
             except MethodError as error:
                 if method != "auto":
@@ -121,9 +122,9 @@ def _captured(problem: Problem, computed: Computed) -> Plan:
         asked=ask,
         samples=problem.size,
         outputs=tuple(computed.values.shape[1:]),
-        parameters={t.name: problem.shape_of(t) for t in problem.targets},
+        parameters=problem.shapes,
         dtype=str(problem.dtype).removeprefix("torch."),
-        uses=computed.uses,
+        recorded=computed.uses,
     )
 
 
@@ -132,12 +133,11 @@ def wrap(problem: Problem, computed: Computed, made: Plan, origin: Origin) -> Ja
     values = computed.values if problem.batched else computed.values.squeeze(0)
     made.notes += [*computed.notes, *_remarks(problem)]
     aux = None if problem.picker.choice is None else detached(computed.aux)
-    origin = replace(origin, sources=computed.sources)
+    origin = Origin(origin.check, computed.sources)
 
     def columns(kind: str) -> Columns:
-        return Columns(
-            {t.name: problem.shape_of(t) for t in problem.targets if t.kind == kind}, dict(problem.aliases) if kind == "parameter" else {}
-        )
+        shapes = {t.name: problem.shapes[t.name] for t in problem.targets if t.kind == kind} if problem.inputs else problem.shapes
+        return Columns(shapes, problem.aliases if kind == "parameter" else {})
 
     inputs = None
     if problem.inputs:
@@ -170,7 +170,7 @@ def _plan(problem: Problem, facts: Facts, verdicts: tuple[Verdict, ...], chosen:
         asked=verdicts,
         samples=problem.size,
         outputs=facts.out_shape,
-        parameters={t.name: problem.shape_of(t) for t in problem.targets},
+        parameters=problem.shapes,
         dtype=str(problem.dtype).removeprefix("torch."),
         chunk=chosen.chunk,
         notes=notes,
@@ -192,6 +192,11 @@ def _whole(problem: Problem) -> Any:
         return None
     with rng_kept(problem.targets[0].tensor.device):
         return detached(problem.function(*problem.args, **problem.kwargs))
+
+
+def exact(problem: Problem, facts: Facts) -> Problem:
+    """The same problem in whose runs of f normalisations are written out, where f differentiates through them itself."""
+    return replace(problem, within=Composite) if facts.inexact else problem
 
 
 def without_graph(problem: Problem) -> Problem:

@@ -11,8 +11,10 @@ import torch
 from .. import _algebra
 from .._algebra import Blocks
 from .._blocks import Block
+from .._plan import Plan
+from .._probe import look
 from .._problem import Problem
-from .._run import without_graph
+from .._run import exact, without_graph
 from .._targets import Target
 from .._typing import Tensor
 from . import draws
@@ -37,7 +39,7 @@ class Subject:
 
     @classmethod
     def of(cls, problem: Problem, J: Any, method: str, level: str) -> Subject:
-        problem = without_graph(problem)
+        problem = _exact(without_graph(problem), J.plan)
         with J._reading():  # refuses a Jacobian whose factors have been changed
             values = J.values.detach()
         inputs = getattr(J, "inputs", None)
@@ -66,6 +68,13 @@ class Subject:
         """|J[n, c]|^2 of each target in float64: {name: (N, C)}."""
         with torch.no_grad():
             return {t.name: _algebra.squared_norms(self.blocks[t.name]).double() for t in self.targets}
+
+
+def _exact(problem: Problem, plan: Plan) -> Problem:
+    """The problem as references must run it; f is looked at only where it may differentiate by itself."""
+    if not problem.size or (plan.uses and all(use.layout != "taped" for use in plan.uses)):
+        return problem
+    return exact(problem, look(problem))
 
 
 def _fits(subject: Subject, target: Target) -> bool:

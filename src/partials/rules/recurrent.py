@@ -45,12 +45,13 @@ def _network(kind: str) -> Callable[..., tuple[Tensor, ...]]:
             given: tuple[Any, ...] = (*args, False)
         else:
             given = (args[0], None, *args[1:])
-        return _stack(kind, *given, differentiable=run.differentiable)
+        return _stack(run.differentiable, kind, *given)
 
     return network
 
 
 def _stack(
+    differentiable: bool,
     kind: str,
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -62,7 +63,6 @@ def _stack(
     train: bool,
     bidirectional: bool,
     batch_first: bool,
-    differentiable: bool,
 ) -> tuple[Tensor, ...]:
     """All layers: (T, B, I) or packed (R, I) to the last one's output, and the final states (layers * directions, B, H)."""
     states = [state] if isinstance(state, Tensor) else list(state)

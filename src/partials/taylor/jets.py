@@ -194,7 +194,7 @@ def plus(f: Operand, g: Operand, alpha: Any = 1) -> Jet:
         f, g = lengthened(f, ndim), lengthened(g, ndim)
         return Jet(f.frame, parts=(f.value + g.value, f.rest + g.rest))
     if isinstance(f, Jet):
-        constant = g if isinstance(alpha, int | float) and alpha == 1 else g * alpha  # type: ignore[operator]
+        constant: Any = g if isinstance(alpha, int | float) and alpha == 1 else g * alpha
         return f.shifted(constant) or _moved(f, lambda value: value + constant)
     assert isinstance(g, Jet)
     g = g if isinstance(alpha, int | float) and alpha == 1 else scaled(g, alpha)

@@ -94,7 +94,7 @@ def addcmul(f: Operand, one: Operand, other: Operand, *, value: Any = 1) -> Jet:
 
 @jet_rule("addcdiv")
 def addcdiv(f: Operand, one: Operand, other: Operand, *, value: Any = 1) -> Jet:
-    return plus(f, over(one, other) if _any(one, other) else one / other, value)  # type: ignore[operator]
+    return plus(f, over(one, other) if _any(one, other) else one / other, value)  # type: ignore[operator, arg-type]
 
 
 @jet_rule("lerp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def prod(f: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -
     """One factor after the other."""
     if dim is None or dtype is not None or f.shape[dim] > 64:
         raise NoRule("prod over all entries, or over more than 64")
-    factors = [linear(f, lambda t, i=i: t.narrow(behind(dim, f.ndim), i, 1)) for i in range(f.shape[dim])]
+    factors = [linear(f, partial(torch.narrow, dim=behind(dim, f.ndim), start=i, length=1)) for i in range(f.shape[dim])]
     made = factors[0]
     for factor in factors[1:]:
         made = times(made, factor)

@@ -193,7 +193,8 @@ def same(f: Jet, **memory_format: Any) -> Jet:
 def to(f: Jet, *args: Any, **kwargs: Any) -> Jet:
     """Another dtype or device."""
     plain = [arg.anything if isinstance(arg, Jet) else arg for arg in args]
-    like = f.anything.new_empty(0).to(*plain, **kwargs)
+    like: Any = f.anything.new_empty(0)
+    like = like.to(*plain, **kwargs)
     return linear(f, lambda t: t.to(like.device, like.dtype))
 
 

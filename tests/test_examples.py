@@ -1,0 +1,42 @@
+"""The examples: each runs with few steps, draws its picture, and is on its way to the solution."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BOUNDS = {"poisson": (60, 0.01), "heat": (100, 0.05), "burgers": (60, 0.05)}
+"""Steps, and the relative error of Levenberg-Marquardt after them."""
+
+
+def run(name: str, steps: int, picture: Path) -> str:
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--steps", str(steps), "--picture", str(picture)]
+    found = os.environ.get("PYTHONPATH", "")
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{found}"})
+    assert done.returncode == 0, done.stderr
+    assert picture.stat().st_size > 10_000
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOUNDS)
+def test_an_equation(name: str, tmp_path: Path) -> None:
+    steps, bound = BOUNDS[name]
+    said = run(name, steps, tmp_path / "picture.png")
+    ours, adam = (float(error) for error in re.findall(r"error (\S+)", said))
+    assert ours < min(bound, adam)
+
+
+@pytest.mark.slow
+def test_the_ground_state(tmp_path: Path) -> None:
+    said = run("ground_state", 100, tmp_path / "picture.png")
+    assert abs(float(said.split()[1]) - 0.5) < 0.01
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*BOUNDS, "ground_state", "training"}
