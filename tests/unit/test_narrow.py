@@ -53,8 +53,8 @@ def same(narrow, full):
 @pytest.mark.parametrize("method", ["capture", "auto"])
 def test_rows_are_those_of_the_full_jacobian_and_little_is_kept(wrt, most, method):
     model, x = Deep().double(), torch.randn(5, 1, 6, 6, dtype=torch.float64)
-    full, everything = kept(lambda: pt.jacobian(model, x))
-    narrow, some = kept(lambda: pt.jacobian(model, x, wrt=wrt, method=method))
+    full, everything = kept(lambda: pt.jacobian(model, x, check="never"))
+    narrow, some = kept(lambda: pt.jacobian(model, x, wrt=wrt, method=method, check="never"))
     assert narrow.plan.method == "capture"
     same(narrow, full)
     assert some <= most * everything

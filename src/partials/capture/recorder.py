@@ -119,9 +119,15 @@ class Recorder(TorchFunctionMode):
                     raise Refused(f"torch's derivative of {label(func)} under vmap is wrong")
             if func is _compat.PACK:
                 self._note_lengths(out)
-            elif func in ROUTES or (func in _PICKS and _by_data(args[1])):
+            elif func in ROUTES or (func in _PICKS and _by_data(args[1]) and not self._fixed(args, out)):
                 self.trace.routed = True
         return out
+
+    def _fixed(self, args: Any, out: Any) -> bool:
+        """Whether a pick is the same for all data and no cotangent goes through it: a mask looked up by positions that f counted out."""
+        if not torch.is_grad_enabled() or any(t.requires_grad for t in tensors_in((args, out))):
+            return False  # (without grad it may be the inside of somebody's own Function)
+        return not any(self.depends(t) for t in tensors_in(args[1:2]))
 
     def _note_lengths(self, packed: Any) -> None:
         """Where packing put the samples: layouts hold wherever the lengths were the same."""

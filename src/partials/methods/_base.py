@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._blocks import Block, Dense
-from .._errors import listed
+from .._errors import MethodError, listed
 from .._graph import reached
 from .._plan import Cost, Use, Verdict
 from .._probe import Facts
@@ -81,6 +81,28 @@ class Rows:
             rows = [self.parts.get((t.name, n, c), zero) for n in range(size[0]) for c in range(size[1])]
             done[t.name] = (Dense(torch.stack(rows).unflatten(0, size)),)
         return done
+
+
+def unspoilt(problem: Problem, computed: Computed) -> Computed:
+    """The answer of reverse passes through the whole batch, or MethodError where a row of a sample with finite values is not a number.
+
+    A cotangent of zero times a derivative that is not finite is nan, so that one sample's infinity reaches the rows of all others.
+    """
+    if problem.size < 2:
+        return computed
+    finite = computed.values.detach().reshape(problem.size, -1).isfinite().all(1)
+    spoilt = finite.new_zeros(problem.size)
+    for group in computed.blocks.values():
+        for block in group:
+            spoilt |= block.dense().detach().reshape(problem.size, -1).isnan().any(1)
+    if bool((spoilt & finite).any()):
+        raise MethodError(
+            "a reverse pass through the whole batch gives rows that are not numbers, to samples whose values are finite",
+            got=f"nan in the rows of samples {listed((spoilt & finite).nonzero().flatten().tolist())}",
+            expected="finite derivatives of every sample: zero times another's infinity is nan",
+            hint="method='loop', which runs samples apart",
+        )
+    return computed
 
 
 def own_part(problem: Problem, target: Target, gradient: Tensor | None, n: int) -> Tensor | None:

@@ -8,7 +8,7 @@ from .._graph import strided
 from .._plan import Verdict
 from .._probe import Facts
 from .._problem import Problem
-from ._base import Computed, Method, Rows, no_policy, own_part, reverse_cost
+from ._base import Computed, Method, Rows, no_policy, own_part, reverse_cost, unspoilt
 from ._complete import all_seen
 from .grad import stays_apart
 
@@ -40,7 +40,7 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
                 stays_apart(problem, target, gradient, n)
                 rows.put(target, n, c, own_part(problem, target, gradient, n))
                 tensors[target.name].grad = None
-    return Computed(out.detach(), rows.blocks())
+    return unspoilt(problem, Computed(out.detach(), rows.blocks()))
 
 
 METHOD = Method("backward", "tensor.backward(), accumulate and reset", verdict, run, whole=True)

@@ -8,7 +8,7 @@ from .._probe import Facts
 from .._problem import Problem
 from .._targets import Target
 from .._typing import Tensor
-from ._base import Computed, Method, Rows, no_history, no_policy, own_part, reverse_cost
+from ._base import Computed, Method, Rows, no_history, no_policy, own_part, reverse_cost, unspoilt
 from ._complete import all_seen
 from .loop import gradients
 
@@ -30,7 +30,7 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
             for target, gradient in zip(problem.targets, gradients(flat[n, c], tensors, create_graph=problem.create_graph), strict=True):
                 stays_apart(problem, target, gradient, n)
                 rows.put(target, n, c, own_part(problem, target, gradient, n))
-    return Computed(out if problem.create_graph else out.detach(), rows.blocks())
+    return unspoilt(problem, Computed(out if problem.create_graph else out.detach(), rows.blocks()))
 
 
 def stays_apart(problem: Problem, target: Target, gradient: Tensor | None, n: int) -> None:

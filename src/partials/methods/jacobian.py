@@ -11,7 +11,7 @@ from .._probe import Facts
 from .._problem import Problem
 from .._targets import Target
 from .._typing import Tensor
-from ._base import Computed, Method, no_policy, reverse_cost
+from ._base import Computed, Method, no_policy, reverse_cost, unspoilt
 from ._complete import all_seen
 from .grad import stays_apart
 
@@ -47,7 +47,7 @@ def run(problem: Problem, facts: Facts, chunk: int | None) -> Computed:
     blocks: dict[str, tuple[Block, ...]] = {
         target.name: (Dense(_rows(problem, target, jac, facts.outputs)),) for target, jac in zip(problem.targets, found, strict=True)
     }
-    return Computed(kept[0], blocks)
+    return unspoilt(problem, Computed(kept[0], blocks))
 
 
 def _rows(problem: Problem, target: Target, jac: Tensor, outputs: int) -> Tensor:

@@ -1,0 +1,59 @@
+"""Layouts are measured once for a function and remembered, unless data decide where samples go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import partials as pt
+from partials.capture import engine
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The measurements, as they happen."""
+    found, measure = [], engine._measure
+
+    def counted(*args, **kwargs):
+        found.append(args)
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "_measure", counted)
+    return found
+
+
+def test_a_transformer_with_a_padding_mask_is_measured_once(measured):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, mask):
+            return self.model(input_ids=ids, attention_mask=mask).logits.logsumexp(-1).mul(mask).sum(1)
+
+    scores = Scores()
+    for lengths in ([7, 5, 3, 6], [7, 5, 3, 6], [2, 7, 4, 1]):
+        mask = (torch.arange(7) < torch.tensor(lengths)[:, None]).long()
+        J = pt.jacobian(scores, torch.randint(50, (4, 7)), mask)
+        assert J.plan.method == "capture"
+    assert len(measured) == 1
+
+
+def test_samples_sorted_by_data_are_measured_each_time(measured):
+    linear = nn.Linear(3, 2).double()
+
+    def f(x):
+        order = x[:, 0].argsort()
+        back = nn.functional.one_hot(order, len(x)).to(x.dtype)  # (a permutation that no indexing shows)
+        return back.T @ linear(x[order]).tanh()
+
+    for _ in range(3):
+        x = torch.randn(5, 3, dtype=torch.float64)
+        J, R = (pt.jacobian(f, x, params=linear, method=method) for method in ("capture", "loop"))
+        torch.testing.assert_close(J.dense(), R.dense())
+    assert len(measured) >= 3
