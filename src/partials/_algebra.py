@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import reduce
 from itertools import combinations
 
 import torch
 
-from ._blocks import Block, size_of
+from . import _room
+from ._blocks import Block, Dense, size_of
 from ._typing import Tensor
 
 Blocks = Mapping[str, tuple[Block, ...]]
@@ -73,11 +75,53 @@ def write(blocks: Blocks, out: Tensor) -> None:
         start += width
 
 
+def scatter(group: tuple[Block, ...], mean: Tensor) -> Tensor:
+    """sum_n (J[n, c] - mean[c])^2 of one parameter, rows of several blocks added a few samples at a time: (C, *shape)."""
+    if len(group) == 1:
+        return group[0].scatter(mean)
+    return reduce(torch.add, (Dense(rows(few[""])).scatter(mean) for few in in_pieces({"": group})))
+
+
+def normal(blocks: Blocks, matrix: Tensor | None) -> Tensor:
+    """J^T H J, H (N, C, C) or None for the identity, from the dense rows of a few samples at a time: (P, P)."""
+    parts, start = [], 0
+    for few in in_pieces(blocks):
+        formed = _side_by_side(few)
+        H = None if matrix is None else matrix[start : start + len(formed)].to(formed.dtype)
+        left = formed if H is None else H.mT @ formed
+        parts.append(left.flatten(0, 1).T @ formed.flatten(0, 1))
+        start += len(formed)
+        parts = [sum_of(parts)]
+    return parts[0]
+
+
 def other_norms(blocks: Blocks, order: float) -> Tensor:
-    """Norms other than the Euclidean one, from rows formed parameter by parameter: (N, C)."""
-    flat = [rows(group).reshape(*group[0].rows, size_of(group[0].shape)) for group in blocks.values()]
-    each = [torch.linalg.vector_norm(part, order, -1) for part in flat if part.shape[-1]]
-    return torch.linalg.vector_norm(torch.stack(each), order, 0) if each else flat[0].sum(-1)
+    """Norms other than the Euclidean one, from rows formed a few samples at a time: (N, C)."""
+    return torch.cat(
+        [torch.linalg.vector_norm(_side_by_side(few), order, -1) if _width(few) else _nothing(few) for few in in_pieces(blocks)]
+    )
+
+
+def in_pieces(blocks: Blocks) -> Iterator[Blocks]:
+    """The blocks of a few samples at a time, whose dense rows of all parameters stay within their room."""
+    n, c = next(iter(blocks.values()))[0].rows
+    step = max(1, _room.rows() // max(1, 8 * c * _width(blocks)))
+    if n <= step:
+        return iter([blocks])
+    return (select(blocks, index) for index in torch.arange(n).split(step))
+
+
+def _width(blocks: Blocks) -> int:
+    return sum(size_of(group[0].shape) for group in blocks.values())
+
+
+def _side_by_side(blocks: Blocks) -> Tensor:
+    """(N, C, P)."""
+    return torch.cat([rows(group).reshape(*group[0].rows, size_of(group[0].shape)) for group in blocks.values()], -1)
+
+
+def _nothing(blocks: Blocks) -> Tensor:
+    return _side_by_side(blocks).sum(-1)
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:

@@ -66,12 +66,27 @@ class Block(ABC):
 
     def gram(self, other: Block) -> Tensor:
         """<J[n, c], K[m, d]> for a block of the same parameter, other samples allowed: (N, C, M, D)."""
-        right = other._flat().flatten(0, 1).T
-        return self._by_samples(lambda block: (block._flat() @ right).unflatten(-1, other.rows))
+        m, step = other.rows[0], other._samples_at_once()
+        pieces = (other if m <= step else other.select(piece) for piece in torch.arange(m).split(min(step, max(m, 1))))
+        return torch.cat([self._gram_with(piece, piece._flat().flatten(0, 1)) for piece in pieces], 2)
+
+    def _gram_with(self, other: Block, rows: Tensor) -> Tensor:
+        """The same with the formed rows of `other`, (M D, p)."""
+
+        def product(block: Block) -> Tensor:
+            mine, its = alike(block._flat(), rows)
+            return (mine @ its.T).unflatten(-1, other.rows)
+
+        return self._by_samples(product)
 
     def own_gram(self, other: Block) -> Tensor:
         """<J[n, c], K[n, d]>: each sample's own (C, C) block, (N, C, C)."""
-        return self._by_samples(lambda block, its: block._flat() @ its._flat().mT, other)
+
+        def product(block: Block, its: Block) -> Tensor:
+            left, right = alike(block._flat(), its._flat())
+            return left @ right.mT
+
+        return self._by_samples(product, other)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """sum_n w[n] J[n, c]: (N,) -> (C, *shape)."""
@@ -95,7 +110,8 @@ class Block(ABC):
 
     def mixed(self, matrix: Tensor) -> Block:
         """The block of sum_d H[n, c, d] J[n, d], for H of shape (N, C', C)."""
-        return Dense((matrix @ self._flat()).reshape(*matrix.shape[:2], *self.shape))
+        matrix, rows = alike(matrix, self._flat())
+        return Dense((matrix @ rows).reshape(*matrix.shape[:2], *self.shape))
 
     def _flat(self) -> Tensor:
         """(N, C, p)."""
@@ -143,7 +159,7 @@ class Dense(Block):
     def gram(self, other: Block) -> Tensor:
         if not isinstance(other, Dense):
             return super().gram(other)
-        left, right = (block._flat().flatten(0, 1) for block in (self, other))
+        left, right = alike(*(block._flat().flatten(0, 1) for block in (self, other)))
         return rows_by_rows(left, right).reshape(*self.rows, *other.rows)
 
     def select(self, index: Tensor) -> Block:
@@ -151,6 +167,12 @@ class Dense(Block):
 
     def nbytes(self) -> int:
         return self.values.numel() * self.values.element_size()
+
+
+def alike(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype of the two: parameters of one Jacobian may differ in it, and matrix products refuse that."""
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return left.to(dtype), right.to(dtype)
 
 
 def size_of(shape: Shape) -> int:

@@ -39,7 +39,9 @@ the piece that is checked."""
 
 def solve(problem: Problem, method: str, policy: str) -> Any:
     """The Jacobian that answers a problem: held whole where that fits, else in pieces."""
-    budget, problem = problem.budget, replace(problem, budget=None)
+    budget = problem.budget
+    if budget is not None:
+        problem = replace(problem, budget=None)
     device = problem.targets[0].tensor.device
     if not problem.size:
         return _whole(problem, method, policy)

@@ -6,8 +6,9 @@ Without the private names a capture sees only plain tensors: what runs under a v
 from __future__ import annotations
 
 import os
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,11 @@ try:
     from torch._C import _functorch as _private
 except ImportError:  # pragma: no cover - a torch that moved its internals
     _private = None  # type: ignore[assignment]
+
+try:
+    from torch.autograd.graph import _engine_run_backward as _run_backward
+except ImportError:  # pragma: no cover
+    _run_backward = None  # type: ignore[assignment]
 
 
 try:
@@ -95,6 +101,30 @@ def batched(t: Tensor, level: int) -> Tensor:
 def current_level() -> int | None:
     """The number of the innermost running torch.func transform, None outside any."""
     return _private.maybe_current_level() if _private is not None else None
+
+
+def reverse(output: Tensor, seed: Tensor, edges: Sequence[Any], *, create_graph: bool) -> tuple[Tensor | None, ...]:
+    """d (output . seed) / d edges; the graph is kept, None where nothing flows.
+
+    The private way leaves out what `torch.autograd.grad` finds out about its arguments: half of its time where little is computed.
+    """
+    if PRIVATE and _run_backward is not None:
+        return tuple(_run_backward((output,), (seed,), True, create_graph, tuple(edges), True, accumulate_grad=False))
+    return torch.autograd.grad(output, edges, seed, retain_graph=True, create_graph=create_graph, allow_unused=True)
+
+
+def compiled_somewhere() -> bool:
+    """Whether `torch.compile` can have made anything in this process; with public names only, whether its module has been loaded."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    backends = getattr(dynamo, "cached_backends", None) if PRIVATE else None
+    if backends is None:
+        return "torch._dynamo" in sys.modules
+    return any(backend is not None for backend in backends.values())
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform may be running in this thread, so that tensors must be looked at; True where nobody can say."""
+    return current_level() is not None if PRIVATE else True
 
 
 class _Plain(torch.autograd.Function):

@@ -160,10 +160,10 @@ class Conv(Block):
         return self._by_outer(lambda block, its: block.own_gram(its), other)
 
     def scaled(self, weights: Tensor) -> Block:
-        return replace(self, g=self.g * weights.reshape(*self.rows, *(1,) * (self.g.ndim - 2)))
+        return replace(self, g=self.g * weights.to(self.g.dtype).reshape(*self.rows, *(1,) * (self.g.ndim - 2)))
 
     def mixed(self, matrix: Tensor) -> Block:
-        return replace(self, g=(matrix @ self.g.flatten(2)).unflatten(2, self.g.shape[2:]))
+        return replace(self, g=(matrix.to(self.g.dtype) @ self.g.flatten(2)).unflatten(2, self.g.shape[2:]))
 
     def outer(self) -> Outer:
         """The same block with patches unfolded: a (N, T, groups, I/groups * kernel), g (N, C, T, groups, O/groups)."""

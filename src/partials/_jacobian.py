@@ -9,16 +9,18 @@ from typing import Any
 import torch
 
 from . import _algebra, _pieces
-from ._blocks import Dense, size_of
+from ._blocks import size_of
 from ._errors import InputError, MemoryBudgetError, listed
 from ._input_jacobian import InputJacobian
 from ._pieces import added, joined
 from ._plan import human_bytes
 from ._rows import AbstractJacobian, Origin, Transposed
+from ._scipy import linear_operator
 from ._sketch import sketch
-from ._solve import least_squares
+from ._solve import Curvature, How, least_squares
 from ._stack import Stack
 from ._typing import ByName, Shape, Tensor
+from ._wide import wide
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,10 +108,7 @@ class Jacobian(AbstractJacobian):
             return _pieces.variance(self, correction)
         with self._reading():
             shift = self.columns.split(self.mean().reshape(-1, self.columns.width), 1)
-            squares = {
-                name: (group[0] if len(group) == 1 else Dense(_algebra.rows(group))).scatter(shift[name])
-                for name, group in self.blocks.items()
-            }
+            squares = {name: _algebra.scatter(group, shift[name]) for name, group in self.blocks.items()}
             return self.columns.join(squares, 1).reshape(*self.out, self.columns.width) / max(n - correction, 0)
 
     @added("H", together="H")
@@ -130,24 +129,18 @@ class Jacobian(AbstractJacobian):
                 expected="at most 4 GiB",
                 hint="J.ggn(H) @ v, or J.diagonal(H)",
             )
-        rows = self.dense().reshape(*self._flat, width)
-        left = rows if H is None else self._matrices(H).mT @ rows
-        product: Tensor = left.flatten(0, 1).T @ rows.flatten(0, 1)
-        return product
+        with self._reading():
+            return _algebra.normal(self.blocks, None if H is None else self._matrices(H))
 
-    def ggn(self, H: Tensor | None = None) -> Transposed:
-        """J^T H J as an operator: `J.ggn(H) @ v`, v (P,), (P, k) or by name -> (P,) or (P, k)."""
-        matrices = None if H is None else self._matrices(H)
+    def ggn(self, H: Tensor | None = None) -> Curvature:
+        """J^T H J as an operator, H (N, C, C) symmetric, the identity by default: `J.ggn(H) @ v`, v (P,), (P, k) or
+        by name -> (P,) or (P, k).
 
-        def apply(v: Any) -> Tensor:
-            columns = not isinstance(v, Mapping) and v.ndim == 2
-            k = v.shape[1] if columns else 1
-            u = (self @ v).reshape(*self._flat, k)
-            u = (u if matrices is None else matrices @ u).reshape(*self._lead, k)
-            found: Tensor = self.T @ (u if columns else u.squeeze(-1))
-            return found
-
-        return Transposed(apply, (self.columns.width, self.columns.width))
+        With H the loss' second derivative in f's outputs it is the generalised Gauss-Newton matrix, which for softmax and cross entropy,
+        and for least squares, is the Fisher information. `J.ggn(H).solve(g, damping)` is then the natural gradient.
+        (Martens 2020, "New insights and perspectives on the natural gradient method", section 8.)
+        """
+        return Curvature(self, None if H is None else self._matrices(H))
 
     def clipped_sum(self, max_norm: float, per: str = "all", return_norms: bool = False) -> Any:
         """sum_n min(1, max_norm / |J[n]|) J[n] of scalar outputs: (P,); zeros for N = 0.
@@ -218,8 +211,8 @@ class Jacobian(AbstractJacobian):
             (|x|^2 |y|^2 + <x,y>^2 - 2 sum_p x_p^2 y_p^2) / k: random signs, at the same cost, made faster.
         "sparse"
             the same as that of signs. Every entry is added to one column in each of h = gcd(k, 4) segments: rows are formed a few at a
-            time, and the cost is N C P h whatever k is. (Kane and Nelson 2014, "Sparser Johnson-Lindenstrauss transforms", block
-            construction.)
+            time, and the cost is N C P h whatever k is.
+            (Kane and Nelson 2014, "Sparser Johnson-Lindenstrauss transforms", block construction.)
         "kronecker"
             for each matrix parameter, (d, e) by its first dimension and the rest, A^T X B with random signs A (d, k1), B (e, k2), k1 k2 = k
             as nearly square as k allows: inputs and cotangents are projected before they meet, and no row is formed. It is no single
@@ -242,10 +235,47 @@ class Jacobian(AbstractJacobian):
         with self._reading():
             return self._fold(sketch(self.blocks, k, kind, seed, self.values.new_empty(0, dtype=dtype)))
 
-    def solve(self, r: Tensor, damping: float) -> Tensor:
-        """argmin_d |J d - r|^2 + damping |d|^2 for r (N, *out): (P,), by whichever of J^T J and J J^T is smaller."""
+    def solve(
+        self,
+        r: Tensor,
+        damping: float,
+        *,
+        method: str = "auto",
+        dtype: torch.dtype | None = None,
+        tolerance: float | None = None,
+        max_iter: int | None = None,
+    ) -> Tensor:
+        """argmin_d |J d - r|^2 + damping |d|^2 for r (N, *out): (P,). With damping 0 the shortest of the minimisers.
+
+        Parameters
+        ----------
+        method
+            "rows": J^T (J J^T + damping)^-1 r. "columns": (J^T J + damping)^-1 J^T r. "cg": conjugate gradients on the latter from products
+            alone, until |b - A d| <= tolerance |b| for A = J^T J + damping and b = J^T r, measured on the final d, not on the recurrence.
+            "svd": of the dense rows, with singular values below max(N C, P) eps of the largest taken as zero where damping is 0. "auto":
+            the smaller of rows and columns where it has at most 16384 of them, else "cg"; for damping 0 "svd" where the dense rows fit
+            in 1 GiB, else "cg".
+        dtype
+            torch.float64 reads float32 factors in float64 and does all sums in it. J J^T has the squared condition number of J: without it,
+            damping below eps |J|^2 is lost in rounding.
+        tolerance, max_iter
+            of "cg": by default the root of eps, and ten times the smaller side, at most 10000. Not reached: MethodError with the figures.
+
+        >>> import torch, partials as pt
+        >>> J = pt.jacobian(torch.nn.Linear(3, 2), torch.randn(5, 3))
+        >>> J.solve(torch.randn(5, 2), damping=1e-3).shape
+        torch.Size([8])
+        """
         self._expect("r", r.shape, self._lead)
-        return least_squares(self, r, damping)
+        how = How(method, tolerance, max_iter)
+        return least_squares(self if dtype is None else self._wider(dtype), r, damping, how)
+
+    def as_linear_operator(self) -> Any:
+        """J as a `scipy.sparse.linalg.LinearOperator` of shape (N C, P), for lsqr, lsmr, svds, ...: products from factors, as NumPy arrays.
+
+        Rows are (n, c) in C order; dtype is J's (float32 for half precision). Needs scipy: `pip install 'partials[scipy]'`.
+        """
+        return linear_operator(self)
 
     def accumulate_grad(self, weights: Tensor | None = None) -> None:
         """Add sum_n w[n] J[n] of scalar outputs into `p.grad` of every parameter, as a backward of the weighted sum would."""
@@ -259,7 +289,12 @@ class Jacobian(AbstractJacobian):
         total = self.unflatten(self.sum(weights).reshape(-1))
         for name, parameter in self.leaves.items():
             part = (torch.view_as_complex(total[name]) if parameter.is_complex() else total[name]).to(parameter.dtype)
-            parameter.grad = part if parameter.grad is None else parameter.grad + part
+            if parameter.grad is None:
+                parameter.grad = part.clone()
+            elif self.attached:
+                parameter.grad = parameter.grad + part
+            else:
+                parameter.grad.add_(part)  # (in place, as backward: others may hold this tensor)
 
     def _ones(self) -> Tensor:
         return self.values.new_ones(len(self))
@@ -267,7 +302,13 @@ class Jacobian(AbstractJacobian):
     def _matrices(self, H: Tensor) -> Tensor:
         n, c = self._flat
         self._expect("H", H.shape, (n, c, c))
-        return H
+        return H.to(self._dtype_of_rows())
+
+    def _wider(self, dtype: torch.dtype) -> Jacobian:
+        """This Jacobian with values and factors in `dtype` or wider."""
+        blocks = {name: tuple(wide(block, dtype) for block in group) for name, group in self.blocks.items()}
+        pieces = None if self.pieces is None else self.pieces.through(lambda J: J._wider(dtype))
+        return replace(self, values=self.values.to(torch.promote_types(self.dtype, dtype)), blocks=blocks, pieces=pieces)
 
     def _expect(self, what: str, got: Sequence[int], expected: Shape) -> None:
         if tuple(got) != tuple(expected):
@@ -299,7 +340,16 @@ def concat(jacobians: Sequence[Jacobian], weights: Sequence[float] | None = None
     values = torch.cat([J.values * w if w != 1 else J.values for J, w in zip(parts, factors, strict=True)])
     sources = tuple(source for J in parts for source in J.origin.sources)
     pieces = Stack(tuple((replace(J, inputs=None), w) for J, w in zip(parts, factors, strict=True)))
-    return replace(parts[0], values=values, blocks={}, aux=None, inputs=None, origin=Origin(sources=sources), pieces=pieces)
+    return replace(
+        parts[0],
+        values=values,
+        blocks={},
+        aux=None,
+        inputs=None,
+        origin=Origin(sources=sources),
+        pieces=pieces,
+        attached=any(J.attached for J in parts),
+    )
 
 
 def _same_columns(jacobians: Sequence[Jacobian]) -> None:

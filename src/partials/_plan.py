@@ -76,7 +76,8 @@ class Plan:
     parameters: dict[str, tuple[int, ...]]
     dtype: str
     chunk: int | None = None
-    uses: tuple[Use, ...] = ()
+    recorded: tuple[Use, ...] | Callable[[], tuple[Use, ...]] = ()
+    """The uses of parameters, or how to describe them: nobody may look."""
     notes: list[str] = field(default_factory=list)
     check: str = "first"
 
@@ -86,6 +87,13 @@ class Plan:
         if callable(self.asked):
             self.asked = self.asked()
         return self.asked
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """The uses of parameters that a capture recorded."""
+        if callable(self.recorded):
+            self.recorded = self.recorded()
+        return self.recorded
 
     @property
     def chosen(self) -> Verdict:

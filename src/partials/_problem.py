@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,17 +15,17 @@ from ._compat import has_hooks
 from ._errors import InputError, listed
 from ._output import Picker, check_output
 from ._signature import Leaf, argument_names, batch_size, checked_dim, explicit_dims, lookup, rebuild, usable
-from ._state import RandomState, random_state, twice_differentiable, uncompiled, untouched
+from ._state import RandomState, Running, random_state
 from ._substitute import call_with
-from ._targets import Target, arguments_of, choose, demand_values, name_of, shared_by_convention
+from ._targets import Arguments, Target, arguments_of, choose, demand_values, name_of, shared_by_convention
 from ._typing import Function, Tensor
 
 RANDOMNESS = ("error", "model", "same", "different")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Problem:
-    """d f(inputs) / d targets for `size` samples.
+    """d f(inputs) / d targets for `size` samples; nothing in it is written to once it is made.
 
     Calling it runs the function: `problem()` on the batch, `problem(tensors)` with other tensors for the targets,
     `problem(leaves=...)` with other inputs; the answer always has the sample dimension first.
@@ -54,13 +54,18 @@ class Problem:
     random_state: RandomState | None = None
     """With randomness="model", the state that f's random numbers are drawn from."""
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[Target, ...]:
         return tuple(t for t in self.targets if t.kind == "parameter")
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[Target, ...]:
         return tuple(t for t in self.targets if t.kind == "input")
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each target's part in one row of the Jacobian, by name."""
+        return {t.name: self.shape_of(t) for t in self.targets}
 
     @property
     def dims(self) -> list[int | None]:
@@ -80,12 +85,12 @@ class Problem:
 
         With `fresh`, always a detached alias that shares memory and carries no hooks, no `.grad` and no history.
         """
-        times = Counter(id(t.own) for t in self.targets)
         found: dict[str, Tensor] = {}
+        twice = len({id(t.own) for t in self.targets}) < len(self.targets)
         for t in self.targets:
             if fresh or not t.tensor.requires_grad or t.own.is_inference():
                 found[t.name] = usable(t.tensor).detach().requires_grad_(requires_grad)
-            elif times[id(t.own)] > 1 or has_hooks(t.own):
+            elif (twice and sum(t.own is other.own for other in self.targets) > 1) or has_hooks(t.own):
                 # one tensor passed as two arguments is two parameters: a view for each, so that their parts stay apart;
                 # and hooks of a parameter change gradients, they are no part of f: before a view they are not run
                 found[t.name] = t.tensor.view_as(t.tensor)
@@ -112,10 +117,11 @@ class Problem:
 
     def shape_of(self, target: Target) -> tuple[int, ...]:
         """The shape of a target's part in one row of the Jacobian: an input's without its sample dimension."""
-        shape = list(target.tensor.shape)
+        shape = tuple(target.tensor.shape)
         if target.kind == "input" and self.batched:
-            del shape[self.dim_of(target)]
-        return tuple(shape)
+            dim = self.dim_of(target)
+            return (*shape[:dim], *shape[dim + 1 :])
+        return shape
 
     def __call__(self, tensors: Mapping[str, Tensor] | None = None, leaves: Sequence[Tensor] | None = None) -> Tensor:
         """f's output, (N, *out), whatever `tensors` and `leaves` stand in for the user's."""
@@ -124,49 +130,45 @@ class Problem:
 
     def raw(self, tensors: Mapping[str, Tensor] | None = None, leaves: Sequence[Tensor] | None = None) -> tuple[Any, Any]:
         """(what the function with its loss returns, what the function alone returns)."""
-        values = self.given if leaves is None else list(leaves)
         outside: list[tuple[Tensor, Tensor]] = []
-        if tensors is not None:
-            slots = {leaf.name: i for i, leaf in enumerate(self.leaves)}
-            for target in self.targets:
-                given = target.as_used(tensors[target.name])
-                if target.leaf is not None:
-                    values[slots[target.leaf]] = given
-                    continue
-                values = [given if leaf.tensor is target.own else value for leaf, value in zip(self.leaves, values, strict=True)]
-                outside.append((target.own, given))
-        if tensors is None and leaves is None:
-            args, kwargs, wanted = self.args, self.kwargs, self.loss_target
-        else:
-            args, kwargs, wanted = rebuild((self.args, self.kwargs, self.loss_target), iter(values))
-        if all(own is given for own, given in outside):
-            outside = []
+        args, kwargs, wanted = self.args, self.kwargs, self.loss_target
+        if tensors is not None or leaves is not None:
+            values = self.given if leaves is None else list(leaves)
+            if tensors is not None:
+                values, outside = self._standing_in(tensors, values)
+            if any(value is not leaf.tensor for leaf, value in zip(self.leaves, values, strict=True)):
+                args, kwargs, wanted = rebuild((args, kwargs, wanted), iter(values))
         with self.within():
             returned = call_with(self.function, outside, args, kwargs, attached=self.create_graph)
         loss: Callable[[Any, Any], Any] | None = self.options.get("loss")
         return (returned if loss is None else loss(self.picker.select(returned), wanted)), returned
 
+    def _standing_in(self, tensors: Mapping[str, Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """The values of the leaves, and (original, stand-in) of tensors that the function finds by itself."""
+        outside: list[tuple[Tensor, Tensor]] = []
+        passed = {id(leaf.tensor) for leaf in self.leaves}  # (a parameter from outside may also be passed as an argument)
+        by_name: dict[str | None, Tensor] = {}
+        by_id: dict[int, Tensor] = {}
+        for target in self.targets:
+            given = target.as_used(tensors[target.name])
+            if target.leaf is not None:
+                by_name[target.leaf] = given
+                continue
+            if id(target.own) in passed:
+                by_id[id(target.own)] = given
+            outside.append((target.own, given))
+        if all(own is given for own, given in outside):
+            outside = []
+        pairs = zip(self.leaves, values, strict=True)
+        return [by_id.get(id(leaf.tensor), by_name.get(leaf.name, value)) for leaf, value in pairs], outside
+
     def values(self) -> Tensor:
         """f's output on the user's own batch, checked: (N, *out)."""
         return check_output(self(), self.size, self.name, batched=self.batched)
 
-    @contextmanager
-    def running(self, doing: str) -> Iterator[None]:
+    def running(self, doing: str) -> AbstractContextManager[object]:
         """Gradients on, inference mode off, the module's buffers as they were afterwards; f's own errors get a note."""
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            uncompiled(),
-            untouched(self.module),
-            twice_differentiable(self.create_graph),
-        ):
-            try:
-                yield
-            except Exception as error:
-                note = f"partials was {doing} for {self.name} ({self.size} samples)"
-                if note not in getattr(error, "__notes__", ()):
-                    error.add_note(note)
-                raise
+        return Running(f"partials was {doing} for {self.name} ({self.size} samples)", self.module, twice=self.create_graph)
 
 
 def normalise(
@@ -193,31 +195,32 @@ def normalise(
     if randomness not in RANDOMNESS:
         raise InputError(f"randomness={randomness!r} is unknown", got=repr(randomness), expected=f"one of: {listed(RANDOMNESS)}")
     args, kwargs = tuple(args), dict(kwargs)
-    names = argument_names(f, len(args) - has_target) + ["target"] * has_target
-    arguments = [(name, usable(tensor)) for name, tensor in arguments_of(names, args, kwargs)]
-    if any(tensor.is_inference() for _, tensor in arguments_of(names, args, kwargs)):
+    names = [*argument_names(f, len(args) - has_target), *["target"] * has_target]
+    arguments = arguments_of(names, args, kwargs)
+    if any(tensor.is_inference() for _, tensor in arguments):
+        arguments = [(name, usable(tensor)) for name, tensor in arguments]
         args, kwargs = rebuild((args, kwargs), iter([tensor for _, tensor in arguments]))
     explicit = explicit_dims(in_dims, names, args, kwargs) if batched else {}
-    differentiable = [(name, tensor) for name, tensor in arguments if not (has_target and _under(name, "target"))]
+    differentiable = [(name, tensor) for name, tensor in arguments if not _under(name, "target")] if has_target else arguments
     for name, tensor in arguments:
         demand_values(f"input {name!r}", tensor)
     targets, aliases = choose(f, differentiable, params, wrt, explicit if batched else {name: None for name, _ in arguments})
     if not batched:
         targets = [replace(t, kind=_kind_unbatched(t, params, f)) for t in targets]
-    shared = {t.leaf for t in targets if t.kind == "parameter"} | shared_by_convention(arguments, targets)
-    shared |= {name for name, tensor in arguments if any(tensor is t.own for t in targets if t.leaf is None)}
-    leaves = tuple(Leaf(n, n.partition(".")[0], t, _dim(n, t, explicit, shared) if batched else None) for n, t in arguments)
+    shared = _shared(arguments, targets)
+    leaves = tuple([Leaf(n, n.partition(".")[0], t, _dim(n, t, explicit, shared) if batched else None) for n, t in arguments])
+    name = name_of(f)
     return Problem(
         function=_unwrapped(f),
-        name=name_of(f),
+        name=name,
         args=args[:-1] if has_target else args,
         kwargs=dict(kwargs),
         leaves=_in_call_order(leaves, has_target),
         targets=tuple(targets),
         aliases=aliases,
-        size=batch_size(list(leaves), name_of(f)) if batched else 1,
+        size=batch_size(leaves, name) if batched else 1,
         batched=batched,
-        picker=Picker(output, name_of(f), chained=loss is not None),
+        picker=Picker(output, name, chained=loss is not None),
         randomness=randomness,
         create_graph=create_graph,
         module=f if isinstance(f, nn.Module) else params if isinstance(params, nn.Module) else None,
@@ -231,6 +234,13 @@ def normalise(
 def _unwrapped(f: Function) -> Function:
     """The module within a data-parallel wrapper, whose scattering and reducing are no part of the function."""
     return f.module if isinstance(f, nn.DataParallel | nn.parallel.DistributedDataParallel) else f
+
+
+def _shared(arguments: Arguments, targets: list[Target]) -> set[str | None]:
+    """The arguments that hold no samples though they are tensors: parameters, chosen or by convention, or found by identity."""
+    outside = {id(t.own) for t in targets if t.leaf is None}
+    shared = {t.leaf for t in targets if t.kind == "parameter"} | shared_by_convention(arguments, targets)
+    return shared | {name for name, tensor in arguments if id(tensor) in outside} if outside else shared
 
 
 def _dim(name: str, tensor: Tensor, explicit: dict[str, int | None] | int | None, shared: set[str | None]) -> int | None:

@@ -40,7 +40,7 @@ def plan(problem: Problem, method: str = "auto") -> tuple[Plan, Facts]:
     verdicts = (seen.verdict, *_textbook(problem, facts, seen.refused))
     wanted = "capture" if method == "auto" and seen.verdict.accepted else method
     made = _plan(problem, facts, verdicts, choose(verdicts, wanted, problem.budget))
-    made.uses = seen.uses
+    made.recorded = seen.uses
     return made, facts
 
 
@@ -122,9 +122,9 @@ def _captured(problem: Problem, computed: Computed) -> Plan:
         asked=ask,
         samples=problem.size,
         outputs=tuple(computed.values.shape[1:]),
-        parameters={t.name: problem.shape_of(t) for t in problem.targets},
+        parameters=problem.shapes,
         dtype=str(problem.dtype).removeprefix("torch."),
-        uses=computed.uses,
+        recorded=computed.uses,
     )
 
 
@@ -133,12 +133,11 @@ def wrap(problem: Problem, computed: Computed, made: Plan, origin: Origin) -> Ja
     values = computed.values if problem.batched else computed.values.squeeze(0)
     made.notes += [*computed.notes, *_remarks(problem)]
     aux = None if problem.picker.choice is None else detached(computed.aux)
-    origin = replace(origin, sources=computed.sources)
+    origin = Origin(origin.check, computed.sources)
 
     def columns(kind: str) -> Columns:
-        return Columns(
-            {t.name: problem.shape_of(t) for t in problem.targets if t.kind == kind}, dict(problem.aliases) if kind == "parameter" else {}
-        )
+        shapes = {t.name: problem.shapes[t.name] for t in problem.targets if t.kind == kind} if problem.inputs else problem.shapes
+        return Columns(shapes, problem.aliases if kind == "parameter" else {})
 
     inputs = None
     if problem.inputs:
@@ -171,7 +170,7 @@ def _plan(problem: Problem, facts: Facts, verdicts: tuple[Verdict, ...], chosen:
         asked=verdicts,
         samples=problem.size,
         outputs=facts.out_shape,
-        parameters={t.name: problem.shape_of(t) for t in problem.targets},
+        parameters=problem.shapes,
         dtype=str(problem.dtype).removeprefix("torch."),
         chunk=chosen.chunk,
         notes=notes,

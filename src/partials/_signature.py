@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ._errors import InputError, listed, near
 from ._typing import Function, Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Leaf:
     """One tensor among the arguments: its name, the argument it belongs to, its value, and its sample dimension."""
 
@@ -24,33 +25,49 @@ class Leaf:
     dim: int | None
 
 
-_NAMES: dict[Any, list[inspect.Parameter] | None] = {}
+_PARAMETERS: dict[Any, list[inspect.Parameter] | None] = {}
+_NAMES: dict[Any, tuple[str, ...]] = {}
 
 
 def parameters_of(f: Function) -> list[inspect.Parameter] | None:
     """The parameters of f's signature (a module's `forward`), or None where Python knows none."""
     called: Any = f.forward if isinstance(f, nn.Module) else f
-    code = getattr(getattr(called, "__func__", called), "__code__", None)
-    if code is not None and not hasattr(called, "__wrapped__"):
-        key = (code, inspect.ismethod(called))
-        if key not in _NAMES:
-            _NAMES[key] = list(inspect.signature(called).parameters.values())
-        return _NAMES[key]
+    key = _signature_key(called)
+    if key is not None:
+        if key not in _PARAMETERS:
+            _PARAMETERS[key] = list(inspect.signature(called).parameters.values())
+        return _PARAMETERS[key]
     try:
         return list(inspect.signature(called).parameters.values())
     except (TypeError, ValueError):
         return None
 
 
-def argument_names(f: Function, count: int) -> list[str]:
+def _signature_key(called: Any) -> Any:
+    """What the names and kinds of parameters depend on; None where that is more than the code."""
+    code = getattr(getattr(called, "__func__", called), "__code__", None)
+    return None if code is None or hasattr(called, "__wrapped__") else (code, isinstance(called, MethodType))
+
+
+def argument_names(f: Function, count: int) -> tuple[str, ...]:
     """Names of the first `count` positional arguments: from the signature, else their positions."""
+    key = _signature_key(f.forward if isinstance(f, nn.Module) else f)
+    if key is None:
+        return _argument_names(f, count)
+    found = _NAMES.get((key, count))
+    if found is None:
+        found = _NAMES[key, count] = _argument_names(f, count)
+    return found
+
+
+def _argument_names(f: Function, count: int) -> tuple[str, ...]:
     names: list[str] = []
     for parameter in parameters_of(f) or ():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             names.append(parameter.name)
         elif parameter.kind is parameter.VAR_POSITIONAL:
             names += [f"{parameter.name}[{i}]" for i in range(count - len(names))]
-    return (names + [str(i) for i in range(len(names), count)])[:count]
+    return tuple((names + [str(i) for i in range(len(names), count)])[:count])
 
 
 def walk(tree: Any, path: str) -> Iterator[tuple[str, Tensor]]:
@@ -103,7 +120,9 @@ def first_tensor(tree: Any) -> Tensor | None:
     return next((tensor for _, tensor in walk(tree, "")), None)
 
 
-def explicit_dims(in_dims: Any, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int | None] | int | None:
+def explicit_dims(
+    in_dims: Any, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, int | None] | int | None:
     """`in_dims` as {leaf or argument name: dim}, or the single number that holds for every tensor."""
     if in_dims is None or (isinstance(in_dims, int) and not isinstance(in_dims, bool)):
         return in_dims
@@ -174,8 +193,11 @@ def checked_dim(dim: int | None, tensor: Tensor, name: str) -> int | None:
     return dim % tensor.ndim
 
 
-def batch_size(leaves: list[Leaf], function: str) -> int:
+def batch_size(leaves: Sequence[Leaf], function: str) -> int:
     """The number of samples, the same in every batched input."""
+    counts = {leaf.tensor.shape[leaf.dim] for leaf in leaves if leaf.dim is not None}
+    if len(counts) == 1:
+        return int(counts.pop())
     sizes = {leaf.name: int(leaf.tensor.shape[leaf.dim]) for leaf in leaves if leaf.dim is not None}
     if not sizes:
         raise InputError(
@@ -184,14 +206,12 @@ def batch_size(leaves: list[Leaf], function: str) -> int:
             expected="at least one tensor with a sample dimension",
             hint=f"in_dims={{{leaves[0].name!r}: 0}} to name it, or batched=False for a single sample",
         )
-    if len(set(sizes.values())) > 1:
-        raise InputError(
-            "the inputs have different batch sizes",
-            got=listed(f"{name}: {size}" for name, size in sizes.items()),
-            expected="one number of samples",
-            hint="in_dims={'" + min(sizes, key=lambda n: sizes[n]) + "': None} for an input that all samples share",
-        )
-    return next(iter(sizes.values()))
+    raise InputError(
+        "the inputs have different batch sizes",
+        got=listed(f"{name}: {size}" for name, size in sizes.items()),
+        expected="one number of samples",
+        hint="in_dims={'" + min(sizes, key=lambda n: sizes[n]) + "': None} for an input that all samples share",
+    )
 
 
 def usable(tensor: Tensor) -> Tensor:

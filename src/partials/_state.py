@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from ._compat import compiled_somewhere
+from ._modules import modules
 from ._typing import Tensor
 
 SMALL = 2**12
 """Entries of a buffer that is copied even where its module is in evaluation mode."""
 Snapshot = list[tuple[nn.Module, str, Tensor | None, int, Tensor | None]]
+
+
+class Running(AbstractContextManager["Running"]):
+    """Inside: gradients on, inference mode off; afterwards `module`'s buffers are as they were. Exceptions get `note` added.
+
+    A class, and contexts that are entered only where they change something: it stands around every call.
+    """
+
+    def __init__(self, note: str, module: nn.Module | None, *, twice: bool) -> None:
+        self.note, self.module, self.twice = note, module, twice
+
+    def __enter__(self) -> Self:
+        self.stack: ExitStack | None = None
+        contexts: list[AbstractContextManager[object]] = []
+        if torch.is_inference_mode_enabled():
+            contexts.append(torch.inference_mode(False))
+        if contexts or not torch.is_grad_enabled():
+            contexts.append(torch.enable_grad())
+        if compiled_somewhere():
+            contexts.append(uncompiled())
+        if self.module is not None and any(owner._buffers for owner in modules(self.module)):
+            contexts.append(untouched(self.module))
+        if self.twice:
+            contexts.append(twice_differentiable())
+        if contexts:
+            with ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context)
+                self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception) and self.note not in getattr(error, "__notes__", ()):
+            error.add_note(self.note)
+        if self.stack is not None:
+            self.stack.__exit__(kind, error, trace)
 
 
 @contextmanager
@@ -37,7 +75,7 @@ def untouched(module: nn.Module | None) -> Iterator[None]:
 
 def _snapshot(module: nn.Module) -> Snapshot:
     found: Snapshot = []
-    for owner in module.modules():
+    for owner in modules(module):
         for name, tensor in owner._buffers.items():
             kept = tensor.detach().clone() if tensor is not None and (owner.training or tensor.numel() <= SMALL) else None
             found.append((owner, name, tensor, 0 if tensor is None or tensor.is_inference() else tensor._version, kept))
@@ -53,11 +91,25 @@ def rng_kept(device: torch.device) -> Iterator[None]:
 
 
 RandomState = tuple[Tensor, ...]
+"""Of the CPU's generator, and of a CUDA device's."""
 
 
 def random_state(device: torch.device) -> RandomState:
     """The state of the CPU's generator, and of `device`'s where it is a CUDA device."""
-    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
+    cpu = torch.get_rng_state()
+    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+
+
+def drawn_since(state: RandomState, device: torch.device) -> bool:
+    """Whether random numbers were drawn since the state was taken."""
+    return not all(map(torch.equal, state, random_state(device)))
+
+
+def restore(state: RandomState, device: torch.device) -> None:
+    """The random state as it was."""
+    torch.set_rng_state(state[0])
+    for other in state[1:]:
+        torch.cuda.set_rng_state(other, device)
 
 
 @contextmanager
@@ -65,9 +117,7 @@ def drawn_from(state: RandomState | None, device: torch.device) -> Iterator[None
     """Random numbers from `state` (None: as they come) inside, and the random state as it was afterwards."""
     with rng_kept(device):
         if state is not None:
-            torch.set_rng_state(state[0])
-            for other in state[1:]:
-                torch.cuda.set_rng_state(other, device)
+            restore(state, device)
         yield
 
 
@@ -79,7 +129,7 @@ _EAGER: list[Any] = []
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Inside, what `torch.compile` made runs the Python that it was made from: compiled code shows no operations to a mode."""
-    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
+    if not compiled_somewhere():
         yield
         return
     with _EAGER_LOCK:
@@ -93,10 +143,8 @@ def uncompiled() -> Iterator[None]:
                 stance.__exit__(None, None, None)
 
 
-def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:
+def twice_differentiable() -> AbstractContextManager[object]:
     """Attention by the kernel that can be differentiated twice: the fused ones have no derivative of their backward."""
-    if not wanted:
-        return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(SDPBackend.MATH)

@@ -15,8 +15,8 @@ from ._rows import Origin
 from ._run import wrap
 from ._typing import Tensor
 from .capture.engine import parameters, solve
-from .capture.recorder import Refused
 from .capture.tape import TapeRecorder
+from .capture.trace import Refused
 
 
 @final
@@ -91,7 +91,7 @@ class tape:
         shapes = {t.name: problem.shape_of(t) for t in problem.targets}
         verdict = Verdict("capture", "every forward and transposed use on a tape")
         plan = Plan(
-            "a tape", "capture", (verdict,), len(r), tuple(r.shape[1:]), shapes, str(r.dtype).removeprefix("torch."), uses=computed.uses
+            "a tape", "capture", (verdict,), len(r), tuple(r.shape[1:]), shapes, str(r.dtype).removeprefix("torch."), recorded=computed.uses
         )
         J: Any = wrap(problem, computed, plan, Origin())
         if check != "never":

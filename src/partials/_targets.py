@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ._errors import InputError, listed, near
-from ._signature import first_tensor, lookup, walk
+from ._modules import named_modules, named_parameters
+from ._signature import lookup, walk
 from ._typing import Function, Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Target:
     """A tensor to differentiate with respect to.
 
@@ -100,7 +101,7 @@ def _outside(source: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         first: dict[int, str] = {}
         named: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
-        for name, parameter in source.named_parameters(remove_duplicate=False):
+        for name, parameter in named_parameters(source):
             if id(parameter) in first:
                 aliases[name] = first[id(parameter)]
             else:
@@ -146,8 +147,8 @@ def _of_arguments(f: Function, arguments: Arguments, wrt: Any, dims: dict[str, i
     explicit = dims if isinstance(dims, dict) else {}
     if patterns is None:
         chosen = [name for name, tensor in arguments if tensor.requires_grad]
-        differentiable = [name for name, tensor in arguments if tensor.is_floating_point() or tensor.is_complex()]
         if not chosen:
+            differentiable = [name for name, tensor in arguments if tensor.is_floating_point() or tensor.is_complex()]
             raise InputError(
                 f"{name_of(f)} has no parameter to differentiate",
                 got=f"no tensor argument with requires_grad=True among {listed(n for n, _ in arguments)}",
@@ -155,22 +156,20 @@ def _of_arguments(f: Function, arguments: Arguments, wrt: Any, dims: dict[str, i
                 hint=f"wrt={tuple(differentiable[1:] or differentiable)!r} to name them, "
                 "or params=module for tensors that the function uses from outside",
             )
-        if (
-            len(chosen) == len(differentiable)
-            and len(chosen) == len(arguments)
-            and not any(lookup(explicit, n)[1] is not None for n in chosen)
-        ):
+        if len(chosen) == len(arguments) and not any(lookup(explicit, n)[1] is not None for n in chosen):
             raise InputError(
                 f"all tensor arguments of {name_of(f)} require grad, so which are parameters is not known",
                 got=listed(chosen),
                 expected="parameters that require grad beside inputs that do not",
                 hint=f"wrt={tuple(chosen[1:]) or tuple(chosen)!r} to name the parameters",
             )
+        if not explicit:
+            return _checked([Target.of(n, t, "parameter", n) for n, t in arguments if t.requires_grad])
     else:
-        matched = _match(patterns, [name for name, _ in arguments])
-        chosen = [name for name, _ in arguments if name in matched]
-    inputs = _inputs_among(arguments, set(chosen), explicit, named=patterns is not None)
-    return _checked([Target.of(n, t, "input" if n in inputs else "parameter", n) for n, t in arguments if n in set(chosen)])
+        chosen = list(_match(patterns, [name for name, _ in arguments]))
+    names = set(chosen)
+    inputs = _inputs_among(arguments, names, explicit, named=patterns is not None)
+    return _checked([Target.of(n, t, "input" if n in inputs else "parameter", n) for n, t in arguments if n in names])
 
 
 def _inputs_among(arguments: Arguments, chosen: set[str], explicit: dict[str, int | None], *, named: bool) -> set[str]:
@@ -230,6 +229,8 @@ def _match(patterns: list[str], known: list[str]) -> set[str]:
 
 def demand_values(what: str, tensor: Tensor) -> None:
     """InputError for a tensor whose numbers are not here."""
+    if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
+        return
     if is_lazy(tensor):
         raise InputError(
             f"{what} is not initialised", got="a lazy parameter without a shape", expected="a tensor", hint="run the module once: module(x)"
@@ -256,15 +257,15 @@ def demand_values(what: str, tensor: Tensor) -> None:
 
 def demand_whole(module: nn.Module) -> None:
     """InputError for a parameter, asked for or not, whose numbers are not here: a run would initialise it, or gather it."""
-    for name, layer in module.named_modules():
+    for name, layer in named_modules(module):
         if type(layer).__name__ == "FullyShardedDataParallel":
             raise InputError(
-                f"the parameters of {name or 'the module'} are sharded over processes",
+                f"the parameters of {name.removesuffix('.') or 'the module'} are sharded over processes",
                 got=type(layer).__name__,
                 expected="a whole tensor for each parameter in this process",
                 hint="the module before it is wrapped: samples, not parameters, can be spread over processes",
             )
-    for name, parameter in module.named_parameters():
+    for name, parameter in named_parameters(module):
         demand_values(f"parameter {name!r}", parameter)
 
 
@@ -281,10 +282,15 @@ def _checked(targets: list[Target]) -> list[Target]:
     return targets
 
 
-def arguments_of(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    pairs = (*zip(names, args, strict=True), *kwargs.items())
-    if not any(first_tensor(value) is not None for _, value in pairs):
+def arguments_of(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    found: Arguments = []
+    for name, value in (*zip(names, args, strict=True), *kwargs.items()):
+        if isinstance(value, Tensor):
+            found.append((name, value))
+        else:
+            found += walk(value, name)
+    if not found:
         raise InputError(
             "no input was given", got="no tensor among the arguments", expected="at least one tensor", hint="pt.jacobian(f, x)"
         )
-    return [(name, tensor) for argument, value in pairs for name, tensor in walk(value, argument)]
+    return found

@@ -1,5 +1,10 @@
 """Private names and their public stand-ins give the same answers, and what a capture cannot do without them it refuses."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -72,3 +77,15 @@ def test_a_body_without_its_override_check_computes_the_same():
     plain = torch.nn.functional.multi_head_attention_forward(*args, *rest)[0]
     assert torch.equal(body(*args, *rest)[0], plain)
     assert _compat.body_of(torch.add) is None
+
+
+def test_what_was_compiled_is_known(private):
+    """Nothing is, until something is; with public names alone, the loading of torch's compiler counts."""
+    if not private:
+        assert _compat.compiled_somewhere() == ("torch._dynamo" in sys.modules)
+        return
+    torch.compile(lambda x: x + 1, backend="eager")
+    assert _compat.compiled_somewhere()
+    code = "import torch; from partials import _compat; torch.vmap(torch.sin)(torch.ones(2)); assert not _compat.compiled_somewhere()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(_compat.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

@@ -13,21 +13,50 @@ from .._gather import Gather
 from .._graph import reached
 from .._pullback import carried
 from .._typing import Tensor
-from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, Part, SumPart
-from .layout import Layout
-from .recorder import Refused, Use, with_data
+from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, Part, SumPart, data_of, with_data
+from .layout import FIRST, Layout
+from .trace import Refused, Use
+
+READ_AGAIN = {OuterPart, GatherPart, ConvPart}
+"""Parts whose data the block keeps; what the others read is used up when the block is made."""
 
 
-def blocks_of(use: Use, g: Tensor, layout: Layout, n: int, wanted: Mapping[str, Tensor], *, attached: bool) -> dict[str, Block]:
-    """The use's block for each wanted parameter that its argument leads to; g is (C, *edge shape)."""
+def block_of(use: Use, g: Tensor, layout: Layout, n: int, *, single: bool) -> Block:
+    """The use's block of the tensor that it took; g is (C, *edge shape), or (*edge shape) of a `single` output."""
     if g.dtype is not use.part.parameter.dtype:  # (autocast: the operation rounded its input, and the row has the parameter's dtype)
         rounded = g.dtype
-        part = with_data(use.part, lambda t: t.to(rounded) if t.is_floating_point() else t)
-        use, g = replace(use, part=part), g.to(use.part.parameter.dtype)
-    block = BUILDERS[type(use.part)](use, g, layout, n)
+        with_data(use.part, lambda t: t.to(rounded) if t.is_floating_point() else t)
+        g = g.to(use.part.parameter.dtype)
+    if single:
+        quick = SINGLE.get(type(use.part))
+        if quick is not None and use.order is None and layout is FIRST and (block := quick(use.part, g, n)) is not None:
+            return block
+        g = g.unsqueeze(0)
+    return BUILDERS[type(use.part)](use, canonical(use, g), layout, n)
+
+
+def canonical(use: Use, g: Tensor) -> Tensor:
+    """(C, *edge shape), under a vmap with the mapped dimensions brought to the front."""
+    if use.order is None:
+        return g
+    g = g.permute(0, *(1 + d for d in use.order))
+    return g.flatten(1, 2) if use.merged else g
+
+
+def carried_to(use: Use, block: Block, wanted: Mapping[str, Tensor], *, attached: bool) -> dict[str, Block]:
+    """The blocks of the wanted parameters that the tensor of a use was computed from."""
     derived = use.part.parameter
-    names = [name for name, t in wanted.items() if t is derived] or sorted(reached(derived, wanted))
-    return {name: carried(block, derived, wanted[name], attached=attached) for name in names}
+    return {name: carried(block, derived, wanted[name], attached=attached) for name in sorted(reached(derived, wanted))}
+
+
+def released(use: Use) -> Use:
+    """The use without the tensors that its block does not keep: enough to describe it."""
+    if type(use.part) not in READ_AGAIN:
+        use.saved = ()
+        kind: Any = type(use.part)
+        for name in data_of(kind):
+            setattr(use.part, name, None)
+    return use
 
 
 def features(part: Part, rank: int) -> set[int]:
@@ -66,28 +95,30 @@ def _outer(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
     g = g.flatten(2, lead + 1) if lead else g.unsqueeze(2)
     a = a.flatten(2, -2) if part.groups else a.unsqueeze(2)
     g = g.flatten(3, -2) if part.groups else g.unsqueeze(3)
-    if part.scale != 1:
-        g = g * part.scale
-    return Outer(a.to(g.dtype), g, tuple(part.parameter.shape), "oi" if part.order == "i" else part.order)
+    g = g if part.scale == 1 else g * part.scale
+    return Outer(like(a, g), g, tuple(part.parameter.shape), "oi" if part.order == "i" else part.order)
 
 
 def _sum(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
     part: Any = use.part
-    shape = tuple(part.parameter.shape)
-    rank = g.ndim - 1
-    rows = layout.samples_first(g, n, 1)
+    shape, rank = tuple(part.parameter.shape), g.ndim - 1
     if part.times is not None:
-        rows = rows * layout.samples_first(part.times(*part.saved), n).to(g.dtype).unsqueeze(1)
+        g = g * like(part.times(*part.saved), g)
+    if part.scale != 1:
+        g = g * part.scale
     if part.channel:
+        rows = layout.samples_first(g, n, 1)
         _keep(layout, (rank + part.channel,), rank, use)  # (rank: no dimension is the last one)
-        return Dense(_scaled(rows.sum([d for d in range(2, rows.ndim) if d != rows.ndim + part.channel]), part.scale))
-    return Dense(_scaled(_reduced(rows, shape, layout, rank, use), part.scale))
+        rows = rows.sum([d for d in range(2, rows.ndim) if d != rows.ndim + part.channel])
+    else:
+        rows = _reduced(g, shape, layout, n, use)
+    return Dense(like(rows, part.parameter))
 
 
 def _expanded(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
     if use.layout is not None:
         return Dense(g.movedim(1, 0))
-    return Dense(_reduced(layout.samples_first(g, n, 1), tuple(use.part.parameter.shape), layout, g.ndim - 1, use))
+    return Dense(_reduced(g, tuple(use.part.parameter.shape), layout, n, use))
 
 
 def _gather(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
@@ -118,18 +149,16 @@ def _conv(use: Use, g: Tensor, layout: Layout, n: int) -> Block:
     return Conv(a.to(g.dtype), g, shape, part.stride, part.padding, part.dilation, part.groups, part.transposed)
 
 
-def _reduced(rows: Tensor, shape: tuple[int, ...], layout: Layout, rank: int, use: Use) -> Tensor:
-    """(N, C, *positions) -> (N, C, *shape), summed over what broadcasting repeated; the sample dimension must have been repeated."""
+def _reduced(g: Tensor, shape: tuple[int, ...], layout: Layout, n: int, use: Use) -> Tensor:
+    """(C, *positions) -> (N, C, *shape), summed over what broadcasting repeated; the sample dimension must have been repeated."""
+    rank = g.ndim - 1
     wide = (1,) * (rank - len(shape)) + shape
     if layout.dim >= 0 and wide[layout.dim] != 1:
         raise Refused(f"{use.operation}: the parameter has a value for each sample of its own")
+    rows = layout.samples_first(g, n, 1)
     repeated = [2 + d for d in range(rank) if wide[d] == 1 and rows.shape[2 + d] != 1]
     rows = rows.sum(repeated, keepdim=True) if repeated else rows
     return rows.reshape(*rows.shape[:2], *shape)
-
-
-def _scaled(rows: Tensor, scale: float) -> Tensor:
-    return rows if scale == 1 else rows * scale
 
 
 def _swapped(layout: Layout, rank: int) -> Layout:
@@ -143,6 +172,56 @@ def _keep(layout: Layout, taken: Any, last: int, use: Use) -> None:
         raise Refused(f"{use.operation}: the samples lie along a feature dimension")
 
 
+# One output for each sample and the samples along dimension 0, as in most calls: fewer steps to the same block.
+
+
+def _outer_single(part: Any, g: Tensor, n: int) -> Block | None:
+    a, order, shape = part.a, part.order, g.shape
+    lead, o = (shape, 1) if order == "i" else (shape[:-1], shape[-1])
+    if part.transposed or part.groups or not lead or a.shape[:-1] != lead:
+        return None
+    t, i = lead[1:].numel(), a.shape[-1]
+    if part.scale != 1:
+        g = g * part.scale
+    return Outer(like(a, g).reshape(n, t, 1, i), g.reshape(n, 1, t, 1, o), tuple(part.parameter.shape), "oi" if order == "i" else order)
+
+
+def _sum_single(part: Any, g: Tensor, n: int) -> Block | None:
+    shape, rank = tuple(part.parameter.shape), g.ndim
+    wide = (1,) * (rank - len(shape)) + shape
+    if part.channel or not wide or wide[0] != 1:
+        return None
+    if part.times is not None:
+        g = g * like(part.times(*part.saved), g)
+    if part.scale != 1:
+        g = g * part.scale
+    return Dense(like(_summed(g, wide).reshape(n, 1, *shape), part.parameter))
+
+
+def _expanded_single(part: Any, g: Tensor, n: int) -> Block | None:
+    shape, rank = tuple(part.parameter.shape), g.ndim
+    wide = (1,) * (rank - len(shape)) + shape
+    return Dense(_summed(g, wide).reshape(n, 1, *shape)) if wide and wide[0] == 1 else None
+
+
+def like(t: Tensor, other: Tensor) -> Tensor:
+    """t in the dtype of the other."""
+    return t if t.dtype == other.dtype else t.to(other.dtype)
+
+
+def _summed(g: Tensor, wide: tuple[int, ...]) -> Tensor:
+    """(N, *positions) summed over what broadcasting repeated, but not over the samples."""
+    if g.shape[1:] == wide[1:]:
+        return g
+    repeated = [d for d in range(1, g.ndim) if wide[d] == 1 and g.shape[d] != 1]
+    return g.sum(repeated) if repeated else g
+
+
+SINGLE: dict[type, Callable[[Any, Tensor, int], Block | None]] = {
+    OuterPart: _outer_single,
+    SumPart: _sum_single,
+    ExpandedPart: _expanded_single,
+}
 BUILDERS: dict[type, Callable[[Use, Tensor, Layout, int], Block]] = {
     OuterPart: _outer,
     SumPart: _sum,

@@ -9,15 +9,15 @@ from .._plan import Use as Line
 from .._typing import Tensor
 from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, Part
 from .layout import Layout
-from .recorder import Trace, Use
+from .trace import Use
 
 
 def described(
-    trace: Trace, wanted: Mapping[str, Tensor], size: int, layouts: Sequence[Layout | None] | None = None, runner: str = "native"
+    uses: list[Use], wanted: Mapping[str, Tensor], size: int, layouts: Sequence[Layout | None] | None = None, runner: str = "native"
 ) -> tuple[Line, ...]:
     """A line for each use of `size` samples; layouts are known only after the reverse passes."""
     names = {id(t): name for name, t in wanted.items()}
-    places = ["when run"] * len(trace.uses) if layouts is None else ["leads nowhere" if place is None else str(place) for place in layouts]
+    places = ["when run"] * len(uses) if layouts is None else ["leads nowhere" if place is None else str(place) for place in layouts]
     return tuple(
         Line(
             parameter=names.get(id(use.part.parameter), "(computed)"),
@@ -30,7 +30,7 @@ def described(
             bytes=held(use),
             flops=2 * prod(use.shape) * (use.part.parameter.numel() // max(features(use.part), 1)),
         )
-        for use, place in zip(trace.uses, places, strict=True)
+        for use, place in zip(uses, places, strict=True)
     )
 
 

@@ -17,13 +17,15 @@ from .._typing import Tensor
 from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from . import layout as layouts
-from .build import blocks_of, features
+from .build import READ_AGAIN, block_of, canonical, carried_to, features, released
+from .course import form
 from .describe import described
-from .known import LAYOUTS, key_of
+from .known import LAYOUTS
 from .layout import Layout, spilt
-from .recorder import Recorder, Refused, Trace, Unplaced, Use
-from .reverse import cotangents, weighted
+from .recorder import Recorder
+from .reverse import cotangents, single, weighted
 from .tape import TapeRecorder
+from .trace import Refused, Trace, Unplaced, Use
 from .walk import demand_complete
 
 Run = tuple[Tensor, Any, Trace, dict[str, Tensor]]
@@ -33,11 +35,12 @@ def native(problem: Problem, kind: type[Recorder] = Recorder) -> Run:
     """f on the user's own batch: native kernels, the model's own masks, in-place writes and data-dependent branches."""
     tensors, leaves = problem.tensors(), problem.given
     shared = {t.leaf for t in problem.parameters}
-    of_samples = [leaf for leaf in problem.leaves if leaf.name not in shared and (leaf.dim is not None or not problem.batched)]
-    by_name = {leaf.name: given for leaf, given in zip(problem.leaves, leaves, strict=True)} | {
-        t.leaf: tensors[t.name] for t in problem.inputs
-    }
-    samples = [by_name[leaf.name] for leaf in of_samples]
+    inputs = {t.leaf: tensors[t.name] for t in problem.inputs}
+    samples = [
+        inputs.get(leaf.name, given)
+        for leaf, given in zip(problem.leaves, leaves, strict=True)
+        if (leaf.dim is not None or not problem.batched) and leaf.name not in shared
+    ]
     recorder = kind(parameters(problem, tensors), samples, problem.size, attached=problem.create_graph)
     with recorder:
         returned, whole = problem.raw(tensors, leaves)
@@ -93,89 +96,98 @@ def vmapped(problem: Problem) -> Run:
 def solve(problem: Problem, run: Run, runner: str) -> Computed:
     """Completeness, layouts, reverse passes, blocks."""
     values, whole, trace, tensors = run
-    wanted = parameters(problem, tensors)
+    wanted, size = parameters(problem, tensors), problem.size
     demand_complete(values, wanted, trace, stood_in_for(problem, tensors))
     for use in trace.uses:
-        if any(t._version != version for t, version in use.saved):
-            raise Refused(f"an input of {use.operation} was changed in place after the operation read it")
+        for t, version in use.saved:
+            if t._version != version:
+                raise Refused(f"an input of {use.operation} was changed in place after the operation read it")
+    measured: list[Layout | None] = _layouts(problem, values, trace)
+    outputs = values.shape[1:].numel()
     inputs = [tensors[t.name] for t in problem.inputs]
-    edges = list(dict.fromkeys(use.edge for use in trace.uses))
-    where = {edge: i for i, edge in enumerate(edges)}
-    size = problem.size
-    measured = _layouts(problem, values, trace, edges, where)
-    found = cotangents(values, [*edges, *inputs], create_graph=problem.create_graph, one_by_one=trace.one_by_one)
+    edges = [*trace.edges, *inputs]
+    found: Sequence[Tensor | None] = (
+        single(values, edges, create_graph=problem.create_graph)
+        if outputs == 1
+        else cotangents(values, edges, create_graph=problem.create_graph, one_by_one=trace.one_by_one)
+    )
+    if any(placed is None and found[use.slot] is not None for use, placed in zip(trace.uses, measured, strict=True)):
+        measured = _layouts(problem, values, trace, anew=True)  # a use that led nowhere when layouts were remembered
     groups: dict[str, list[Block]] = {name: [] for name in wanted}
-    if any(placed is None and found[where[use.edge]] is not None for use, placed in zip(trace.uses, measured, strict=True)):
-        measured = _layouts(problem, values, trace, edges, where, anew=True)  # a use that led nowhere when layouts were remembered
+    names = {id(t): name for name, t in wanted.items()}
     for use, placed in zip(trace.uses, measured, strict=True):
-        g = found[where[use.edge]]
+        g = found[use.slot]
         if g is None or placed is None:
             continue
-        if placed.owned is not None and spilt(_canonical(use, g), placed):
+        if placed.owned is not None and spilt(canonical(use, g.unsqueeze(0) if outputs == 1 else g), placed):
             raise Refused(f"{use.operation}: positions of its output belong to no sample")
-        for name, block in blocks_of(use, _canonical(use, g), placed, size, wanted, attached=problem.create_graph).items():
+        block = block_of(use, g, placed, size, single=outputs == 1)
+        name = names.get(id(use.part.parameter))
+        if name is not None:
             groups[name].append(block)
-    outputs = int(torch.Size(values.shape[1:]).numel())
-    blocks: dict[str, tuple[Block, ...]] = {
-        name: tuple(group) or (_zero(wanted[name], size, outputs),) for name, group in merged(groups).items()
-    }
-    for target, g in zip(problem.inputs, found[len(edges) :], strict=True):
+        else:
+            for name, carried in carried_to(use, block, wanted, attached=problem.create_graph).items():
+                groups[name].append(carried)
+    blocks = {name: tuple(merged(group)) or (_zero(wanted[name], size, outputs),) for name, group in groups.items()}
+    for target, g in zip(problem.inputs, found[len(trace.edges) :], strict=True):
         blocks[target.name] = (_input_block(problem, target, g, outputs),)
     notes = [f"no rule, expanded: {listed(sorted(set(trace.expanded)))}"] if trace.expanded else []
     if not values.requires_grad:
         notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
-    sources = tuple((f"an input of {use.operation}", t, t._version) for use in trace.uses for t, _ in use.saved)
-    lines = described(trace, wanted, size, measured, runner)
-    doubtful = any(placed is not None and placed.owned is not None for placed in measured)
-    return Computed(values if problem.create_graph else values.detach(), blocks, notes, whole, sources, lines, doubtful)
+    sources = [
+        (f"an input of {use.operation}", t, version) for use in trace.uses if type(use.part) in READ_AGAIN for t, version in use.saved
+    ]
+    uses = [released(use) for use in trace.uses]
+    return Computed(
+        values if problem.create_graph else values.detach(),
+        blocks,
+        notes,
+        whole,
+        tuple(sources),
+        lambda: described(uses, wanted, size, measured, runner),
+        doubtful=any(placed is not None and placed.owned is not None for placed in measured),
+    )
 
 
-def merged(groups: Mapping[str, list[Block]]) -> dict[str, list[Block]]:
+def merged(group: list[Block]) -> list[Block]:
     """Dense blocks of one parameter are one dense block."""
-    done: dict[str, list[Block]] = {}
-    for name, group in groups.items():
-        dense = [b for b in group if type(b) is Dense]
-        rest: list[Block] = [b for b in group if type(b) is not Dense]
-        done[name] = rest + (
-            [dense[0]] if len(dense) == 1 else [Dense(sum((b.values for b in dense[1:]), dense[0].values))] if dense else []
-        )
-    return done
+    if len(group) < 2:
+        return group
+    dense = [b for b in group if type(b) is Dense]
+    if len(dense) < 2:
+        return group
+    return [*(b for b in group if type(b) is not Dense), Dense(sum((b.values for b in dense[1:]), dense[0].values))]
 
 
-def _layouts(
-    problem: Problem, values: Tensor, trace: Trace, edges: list[Any], where: dict[Any, int], *, anew: bool = False
-) -> list[Layout | None]:
-    """A layout for every use: known in a vmapped run, remembered from an earlier call, or measured by two reverse passes.
+def _layouts(problem: Problem, values: Tensor, trace: Trace, *, anew: bool = False) -> list[Layout | None]:
+    """A layout for every use: known in a vmapped run, remembered from a run of the same course, or measured by two reverse passes.
 
     None stands for a use that the values do not depend on.
     """
-    n, uses = problem.size, trace.uses
+    n = problem.size
     if n == 0:
-        return [Layout(0)] * len(uses)
-    open_uses = [use for use in uses if use.layout is None]
+        return [layouts.FIRST for _ in trace.uses]
+    open_uses = [use for use in trace.uses if use.layout is None]
     if not open_uses:
-        return _spread(uses, [])
-    signs = [(use.operation, len(use.shape), tuple(s % n == 0 for s in use.shape)) for use in open_uses]
-    key = None if trace.routed else key_of(problem, [*signs, *trace.answers])
-    remembered = LAYOUTS.get(key)
-    if remembered is not None and not anew:
+        return _spread(trace.uses, [])
+    key = (tuple(problem.dims), tuple(form(leaf.tensor.shape, n) for leaf in problem.leaves), form(values.shape, n), *trace.course)
+    remembered = None if trace.routed or anew else LAYOUTS.get(key)
+    if remembered is not None and len(remembered) == len(open_uses):
         known = [None if p is None else layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]
         if all(k is not None or p is None for k, p in zip(known, remembered, strict=True)):
-            return _spread(uses, known)
-    found, proved = _measure(problem, values, open_uses, edges, where, layouts.tolerance(trace.dtypes))
-    if proved and key is not None:
-        LAYOUTS.put(key, tuple(None if layout is None else layouts.pattern(layout) for layout in found))
-    return _spread(uses, found)
+            return _spread(trace.uses, known)
+    measured, proved = _measure(problem, values, open_uses, trace.edges, layouts.tolerance(trace.dtypes))
+    if proved and not trace.routed:
+        LAYOUTS.put(key, tuple([None if layout is None else layouts.pattern(layout) for layout in measured]))
+    return _spread(trace.uses, measured)
 
 
-def _measure(
-    problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], where: dict[Any, int], within: float
-) -> tuple[list[Layout | None], bool]:
+def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], within: float) -> tuple[list[Layout | None], bool]:
     n = problem.size
     if n == 1:
         return [layouts.candidates(use.shape, 1)[0] for use in uses], False
     if not values.requires_grad:
-        return [Layout(0)] * len(uses), False
+        return [layouts.FIRST] * len(uses), False
     generator = torch.Generator(device=values.device).manual_seed(n)
     seeds = torch.randn(values.shape, generator=generator, dtype=values.dtype, device=values.device)
     weights = 1 + torch.arange(n, dtype=torch.float64, device=values.device) / n
@@ -184,11 +196,11 @@ def _measure(
     found: list[Layout | None] = []
     proved = True
     for use in uses:
-        one, two = first[where[use.edge]], second[where[use.edge]]
+        one, two = first[use.slot], second[use.slot]
         if one is None or two is None:
             found.append(None)
             continue
-        one, two = (_canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two))
+        one, two = (canonical(use, g.detach().unsqueeze(0)).squeeze(0) for g in (one, two))
         layout, sure = layouts.find(one, two, weights, features(use.part, len(use.shape)), within)
         if layout is None:
             raise Unplaced(
@@ -204,14 +216,6 @@ def _spread(uses: list[Use], found: Sequence[Layout | None]) -> list[Layout | No
     return [next(rest) if use.layout is None else use.layout for use in uses]
 
 
-def _canonical(use: Use, g: Tensor) -> Tensor:
-    """(C, *edge shape) with mapped dimensions in front, as the block sees it: (C, *use.shape)."""
-    if use.order is None:
-        return g
-    g = g.permute(0, *(1 + d for d in use.order))
-    return g.flatten(1, 2) if use.merged else g
-
-
 def parameters(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {t.name: tensors[t.name] for t in problem.parameters}
 
@@ -220,6 +224,8 @@ def _input_block(problem: Problem, target: Any, g: Tensor | None, outputs: int) 
     """The cotangent of an input, (C, *whole input), as rows of each sample."""
     if g is None:
         return Dense(target.tensor.new_zeros(1).expand(problem.size, outputs, *problem.shape_of(target)))
+    if outputs == 1:
+        g = g.unsqueeze(0)
     return Dense(g.movedim(1 + problem.dim_of(target), 0) if problem.batched else g.unsqueeze(0))
 
 

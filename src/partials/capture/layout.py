@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import log
 from typing import Any
 
@@ -59,12 +60,16 @@ class Layout:
         return f"dim {self.dim}" + (f" ({folds})" if folds else "")
 
 
+FIRST = Layout(0)
+"""Dimension 0 is the samples, and nothing else."""
+
+
 def candidates(shape: tuple[int, ...], n: int) -> list[Layout]:
     """Every layout that the sizes allow, the usual ones first: whole dimensions, then folds of two, then of three."""
     if n == 1:
         return [Layout(-1)]
     fits = [(d, size // n) for d, size in enumerate(shape) if n and size and size % n == 0]
-    whole = [Layout(d) for d, k in fits if k == 1]
+    whole = [Layout(d) if d else FIRST for d, k in fits if k == 1]
     folds = [layout for d, k in fits if k > 1 for layout in (Layout(d, 1, k), Layout(d, k, 1))]
     both = [Layout(d, o, k // o) for d, k in fits for o in range(2, min(k, 64)) if k % o == 0 and k // o > 1]
     return whole + folds + both
@@ -135,6 +140,7 @@ def pattern(layout: Layout) -> tuple[int, str] | tuple[int, int, int]:
     return layout.dim, "outer" if layout.outer > 1 else "inner" if layout.inner > 1 else "whole"
 
 
+@lru_cache(maxsize=4096)
 def resolve(known: Any, shape: tuple[int, ...], n: int) -> Layout | None:
     """The layout that a pattern means for a shape, None where the sizes no longer allow it."""
     dim = known[0]
@@ -144,5 +150,5 @@ def resolve(known: Any, shape: tuple[int, ...], n: int) -> Layout | None:
     if len(known) == 3:
         return Layout(*known) if known[1] * known[2] == k else None
     if known[1] == "whole":
-        return Layout(dim) if k == 1 else None
+        return (Layout(dim) if dim else FIRST) if k == 1 else None
     return Layout(dim, 1, k) if known[1] == "inner" else Layout(dim, k, 1)

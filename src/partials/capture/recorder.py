@@ -9,21 +9,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from .. import _compat
 from .._graph import reached
 from .._probe import UNBATCHED
 from .._signature import rebuild, tensors_in, walk
 from .._typing import Tensor
-from ..rules import COMPOSITES, ELEMENTWISE, PHYSICAL, REPEATED, RULES, Declined, ExpandedPart, NoRule, Part, Run, embedding
-from .layout import Layout
+from ..rules import (
+    COMPOSITES,
+    ELEMENTWISE,
+    PHYSICAL,
+    REPEATED,
+    RULES,
+    Declined,
+    ExpandedPart,
+    NoRule,
+    Part,
+    Run,
+    SumPart,
+    embedding,
+    keep,
+    with_data,
+)
+from .course import Course, contents, form, wrapped
+from .layout import FIRST, Layout
+from .trace import Placement, Refused, Trace, Use, edge_of, label
 
 EXPANDS = {
     torch.Tensor.expand,
@@ -42,73 +58,14 @@ ROUTES = frozenset(
         *("index_select", "gather", "take", "take_along_dim", "masked_select", "sort", "argsort", "topk", "nonzero", "argwhere"),
         *("index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
         *("index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter_"),
-        *("numpy", "__array__"),
+        *("repeat_interleave", "tensor_split", "unique", "unique_consecutive", "numpy", "__array__"),
     )
     if hasattr(owner, name)
 )
 """Operations by which data decide where samples go: a layout measured for some data is none for others."""
-ANSWERS = frozenset(
-    getattr(owner, name)
-    for owner in (torch, torch.Tensor)
-    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose")
-    if hasattr(owner, name)
-) | {_compat.PACK}
-"""Operations by which data decide what is run: the same layouts hold wherever the same answers were given."""
-LONGEST_ANSWER = 4096
+LONGEST = 4096
+"""Steps of packed sequences whose lengths are remembered."""
 _PICKS = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
-_MARK = "_partials_sample"
-
-
-@dataclass
-class Use:
-    """One recorded use: the edge whose cotangent is wanted, and the part that turns it into a block."""
-
-    operation: str
-    part: Part
-    edge: GradientEdge
-    shape: tuple[int, ...]
-    """Of the edge's tensor as the block will see it, with mapped dimensions in front."""
-    order: tuple[int, ...] | None = None
-    """Under vmap: the permutation that brings the mapped dimensions of the edge's tensor to the front."""
-    merged: bool = False
-    """Under vmap: the batch dimension that the operation saw is merged with the mapped one."""
-    layout: Layout | None = None
-    """Where the samples are, if that is known: under our own vmap."""
-    saved: tuple[tuple[Tensor, int], ...] = ()
-    """Tensors that the block will read, with their versions when they were recorded."""
-
-
-@dataclass
-class Trace:
-    """What one run of f recorded."""
-
-    uses: list[Use] = field(default_factory=list)
-    stops: dict[Any, list[Any]] = field(default_factory=dict)
-    """Graph node of a recorded edge -> nodes of its data inputs, from which the completeness walk goes on."""
-    nested: bool = False
-    """f called torch.autograd.grad itself."""
-    routed: bool = False
-    """Where samples go depends on data: layouts hold for this call only."""
-    one_by_one: bool = False
-    """A derivative that torch computes wrongly for several outputs at once is in the graph."""
-    answers: list[str] = field(default_factory=list)
-    """What data answered to Python: branches, lengths."""
-    refused: str = ""
-    expanded: list[str] = field(default_factory=list)
-    dtypes: set[torch.dtype] = field(default_factory=set)
-    """Of the tensors that depend on the samples: the coarsest sets how well two reverse passes can agree."""
-
-
-class Refused(Exception):
-    """This run cannot be captured; the text says why. `nested`: since f differentiates inside."""
-
-    def __init__(self, why: str, *, nested: bool = False) -> None:
-        super().__init__(why)
-        self.nested = nested
-
-
-class Unplaced(Refused):
-    """The cotangents of a use belong to no one sample, in no layout that its sizes allow."""
 
 
 class Recorder(TorchFunctionMode):
@@ -116,6 +73,8 @@ class Recorder(TorchFunctionMode):
 
     open = True
     """Whether uses are recorded: the run is not over."""
+    known_samples = True
+    """Whether the course follows the samples from given inputs; else `depends` says what is data."""
 
     def __init__(
         self, wanted: Mapping[str, Tensor], samples: Iterable[Tensor], size: int, *, expand_unknown: bool = False, attached: bool = False
@@ -124,19 +83,21 @@ class Recorder(TorchFunctionMode):
         self.wanted, self.size = wanted, size
         self.expand_unknown, self.attached = expand_unknown, attached
         self.trace = Trace()
-        self.token = object()
+        self.course = Course(samples, size)
+        self.trace.course = self.course.entries
+        self.transforming = False
+        """Whether a torch.func transform is running, at the present operation."""
         self.level: int | None = None
         """In a vmapped run: the number of our own vmap, whose mapped dimension is the samples."""
-        self.samples = {id(t) for t in samples}
         self.leads: dict[int, tuple[Tensor, bool]] = {id(t): (t, True) for t in wanted.values()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
-        depends, parameters = self._scan(tensors)
+        self.transforming = _compat.transforming()
+        depends, parameters = self._scan(func, args, kwargs)
         if parameters and torch.is_grad_enabled():
             if depends:
-                out = self._use(func, args, kwargs, parameters, tensors)
+                out = self._use(func, args, kwargs, parameters, tensors_in((*args, *kwargs.values()) if kwargs else args))
             elif func in EXPANDS and not self.expand_unknown and self._gains_samples(out := func(*args, **kwargs), args[0]):
                 out = self._record_expanded(func, args[0], out)
                 depends = True
@@ -147,7 +108,7 @@ class Recorder(TorchFunctionMode):
             elif func not in EXPANDS or self.expand_unknown:
                 out = func(*args, **kwargs)
         else:
-            out = self._at_once(func, args, kwargs, tensors) if depends and func in PHYSICAL else func(*args, **kwargs)
+            out = self._at_once(func, args, kwargs) if depends and func in PHYSICAL else func(*args, **kwargs)
             if func is torch.autograd.grad:
                 self.trace.nested = True
         if depends:
@@ -156,29 +117,59 @@ class Recorder(TorchFunctionMode):
                 self.trace.one_by_one = True
                 if self.expand_unknown:
                     raise Refused(f"torch's derivative of {label(func)} under vmap is wrong")
-            if func in ANSWERS:
-                self._note_answer(func, out)
+            if func is _compat.PACK:
+                self._note_lengths(out)
             elif func in ROUTES or (func in _PICKS and _by_data(args[1])):
                 self.trace.routed = True
         return out
 
-    def _note_answer(self, func: Any, out: Any) -> None:
-        answer = repr(out[1].tolist() if func is _compat.PACK else out)
-        self.trace.routed |= len(answer) > LONGEST_ANSWER
-        self.trace.answers.append(answer)
+    def _note_lengths(self, packed: Any) -> None:
+        """Where packing put the samples: layouts hold wherever the lengths were the same."""
+        lengths = tuple(packed[1].tolist())
+        self.trace.routed |= len(lengths) > LONGEST
+        self.course.entries.append(lengths)
 
-    def _scan(self, tensors: list[Tensor]) -> tuple[bool, list[Tensor]]:
-        """Whether any tensor depends on the samples, and the tensors that lead to wanted parameters and do not."""
-        depends, parameters = False, []
-        for t in tensors:
-            if self.depends(t):
-                depends = True
-            elif t.requires_grad and self.leads_to_wanted(t):
-                parameters.append(t)
+    def _scan(self, func: Any, args: Any, kwargs: Any) -> tuple[bool, list[Tensor]]:
+        """Whether any tensor depends on the samples, and the tensors that lead to wanted parameters and do not.
+
+        An operation on the samples goes into the course.
+        """
+        entries = self.course.entries
+        before = len(entries)
+        entries.append(func)
+        parameters: list[Tensor] = []
+        depends = self._meet(func, args, parameters)
+        if kwargs:
+            entries += kwargs
+            depends |= self._meet(func, kwargs.values(), parameters)
+        if not depends:
+            del entries[before:]
         return depends, parameters
 
+    def _meet(self, func: Any, values: Iterable[Any], parameters: list[Tensor]) -> bool:
+        depends, course = False, self.course
+        for value in values:
+            if isinstance(value, Tensor):
+                entry: Any = course.number(value)
+                if entry or (self.transforming and (entry := wrapped(value, course))):
+                    depends = True
+                elif not self.known_samples and self.depends(value):
+                    depends, entry = True, "data"
+                elif value.requires_grad and self.leads_to_wanted(value):
+                    parameters.append(value)
+                    entry = value.shape
+                else:
+                    entry = form(value.shape, course.n)
+                course.entries.append(entry)
+            elif (inner := contents(value)) is None:
+                course.note(func, value)
+            else:
+                course.entries.append(len(inner))
+                depends |= self._meet(func, inner, parameters)
+        return depends
+
     def depends(self, t: Tensor) -> bool:
-        return getattr(t, _MARK, None) is self.token or id(t) in self.samples or _compat.transform_of(t) == "vmap"
+        return bool(self.course.number(t)) or _compat.transform_of(t) == "vmap"
 
     def leads_to_wanted(self, t: Tensor) -> bool:
         known = self.leads.get(id(t))
@@ -188,24 +179,26 @@ class Recorder(TorchFunctionMode):
         return known[1]
 
     def _mark(self, out: Any, func: Any, args: Any) -> None:
+        mark = self.course.mark
         if isinstance(out, Tensor):
             self.trace.dtypes.add(out.dtype)
-            setattr(out, _MARK, self.token)
+            mark(out)
         elif isinstance(out, tuple | list):
             for _, t in walk(out, ""):
-                setattr(t, _MARK, self.token)
-        name = getattr(func, "__name__", "")
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+                mark(t)
+        if writes(func):
             target = args[0]
             for written in (target, target._base) if isinstance(target, Tensor) else ():
                 if written is not None and not self.leads.get(id(written), (None, False))[1]:
-                    setattr(written, _MARK, self.token)
+                    mark(written)
 
     def _use(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor], tensors: list[Tensor]) -> Any:
         embedding.refuse(func, args, kwargs)
-        transforms = {_compat.transform_of(t) for t in tensors}
-        if "other" in transforms or ("vmap" in transforms and not _compat.PRIVATE):
-            raise Refused(f"{label(func)} runs inside a torch.func transform within f")
+        transforms: set[str] = set()
+        if self.transforming:
+            transforms = {_compat.transform_of(t) for t in tensors}
+            if "other" in transforms or ("vmap" in transforms and not _compat.PRIVATE):
+                raise Refused(f"{label(func)} runs inside a torch.func transform within f")
         if any(t.is_complex() for t in (tensors if func in RULES else parameters)):
             raise Refused(f"{label(func)} is complex arithmetic, for which there are no factors")
         expandable = self.expand_unknown or "vmap" in transforms  # (along our own vmap, or what the user's own maps over)
@@ -217,7 +210,7 @@ class Recorder(TorchFunctionMode):
                     raise Refused(f"{label(func)}: {declined}") from None
                 return self._by_expansion(func, args, kwargs, parameters)
         if func in ELEMENTWISE and not expandable:
-            shape = broadcast([t.shape for t in tensors])
+            shape = broadcast([t.shape for t in tensors_in((*args, *kwargs.values()))])
             return self._with_expanded(func, args, kwargs, parameters, lambda p: p.expand(shape) if p.shape != shape else p.view_as(p))
         if func in COMPOSITES:
             try:
@@ -237,45 +230,57 @@ class Recorder(TorchFunctionMode):
 
     def _by_rule(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
         mine = {id(p) for p in parameters}
-        parts = [part for part in RULES[func](*args, **kwargs) if id(part.parameter) in mine]
-        for part in parts:
-            if isinstance(part, Declined):
-                raise NoRule(part.reason)
-        if {id(part.parameter) for part in parts} != mine:
+        parts, told = [], set()
+        for part in RULES[func](*args, **kwargs):
+            if (key := id(part.parameter)) in mine:
+                if type(part) is Declined:
+                    raise NoRule(part.reason)
+                parts.append(part)
+                told.add(key)
+        if told != mine:
             raise NoRule("the rule says nothing about one of its parameters")
         out = func(*args, **kwargs)
         if not isinstance(out, Tensor):
             raise NoRule("an operation with several outputs")
-        raw, order = _compat.unwrapped(out)
+        raw, order = _compat.unwrapped(out) if self.transforming else (out, None)
         if raw._is_view():
             out, raw = _compat.own_memory(out)
-        if raw is out:
-            place = Placement(raw.shape)
-        else:
+        place = Placement(raw.shape)
+        if raw is not out:
+            assert order is not None
             levels, merges = raw.ndim - out.ndim, any(part.batched for part in parts)
             if merges and levels > 1:
                 raise NoRule("a batch within several vmaps")
             place = Placement(torch.Size([raw.shape[d] for d in order]), order, levels, merges)
-            parts = [with_data(part, lambda t: self._physical(t, place)) for part in parts]
-        edge = get_gradient_edge(raw)
+            parts = [self._beneath(part, place) for part in parts]
+        edge = edge_of(raw)
         self.trace.stops[edge.node] = [t.grad_fn for t in self._data(args, kwargs, mine) if t.grad_fn is not None]
         for part in parts:
             self._add(func, part, edge, place)
         return out
 
-    def _physical(self, t: Tensor, place: Placement) -> Tensor:
-        """The tensor beneath vmap with the mapped dimensions of the operation's output in front."""
+    def _beneath(self, part: Part, place: Placement) -> Part:
+        """The part with its data as it is beneath vmap."""
+        rank = len(place.whole) - place.levels if type(part) is SumPart else 0  # (what broadcasts in a product, broadcasts beneath too)
+        return with_data(part, lambda t: self._physical(t, place, rank))
+
+    def _physical(self, t: Tensor, place: Placement, rank: int = 0) -> Tensor:
+        """The tensor beneath vmap with the mapped dimensions of the output in front, of at least `rank` dimensions behind them."""
         raw, order = _compat.unwrapped(t)
+        mapped = place.whole[: place.levels]
         if raw is t:
-            raw = t.expand(*place.whole[: place.levels], *t.shape)
+            raw = t.expand(*mapped, *t.shape)
         elif raw.ndim - t.ndim != place.levels:
             raise NoRule("arguments of different vmaps")
         else:
             raw = raw.permute(order)
+        if t.ndim < rank:
+            raw = raw.reshape(*mapped, *(1,) * (rank - t.ndim), *t.shape)
         return raw.flatten(0, 1) if place.merged else raw
 
-    def _at_once(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+    def _at_once(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation that vmap would run sample by sample, on the batch beneath our vmap."""
+        tensors = tensors_in((*args, *kwargs.values()))
         below = [_compat.unwrapped(t)[0] for t in tensors]
         one_level = all(raw.ndim - t.ndim == (raw is not t) for raw, t in zip(below, tensors, strict=True))
         if self.level is None or self.level != _compat.current_level() or not one_level:
@@ -288,7 +293,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _data(self, args: Any, kwargs: Any, mine: set[int]) -> list[Tensor]:
-        return [_compat.unwrapped(t)[0] for t in tensors_in((*args, *kwargs.values())) if id(t) not in mine]
+        others = [t for t in tensors_in((*args, *kwargs.values()) if kwargs else args) if t.requires_grad and id(t) not in mine]
+        return [_compat.unwrapped(t)[0] for t in others] if self.transforming else others
 
     def _by_expansion(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
         """The parameter as (N, *shape), one for each sample, seen by vmap as the sample's own: its cotangent is the block.
@@ -349,25 +355,19 @@ class Recorder(TorchFunctionMode):
         return any(new != size and new % self.size == 0 for size, new in zip(old, out.shape, strict=True))
 
     def _add(self, func: Any, part: Part, edge: GradientEdge, place: Placement) -> None:
-        if not self.attached:
-            part = detached(part)
-        saved = tuple((t, t._version) for t in read_by(part))
-        layout = None if self.level is None else Layout(0, 1, place.whole[1]) if place.merged else Layout(0)
-        self.trace.uses.append(Use(label(func), part, edge, place.shape, place.order, place.merged, layout, saved))
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How an operation's output lies beneath vmap: its shape with the mapped dimensions in front, and how it gets there."""
-
-    whole: torch.Size
-    order: tuple[int, ...] | None = None
-    levels: int = 0
-    merged: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.whole[0] * self.whole[1], *self.whole[2:]) if self.merged else tuple(self.whole)
+        trace, course = self.trace, self.course
+        if not trace.edges or trace.edges[-1] is not edge:
+            trace.edges.append(edge)
+        if not self.attached and type(part) is ExpandedPart:
+            part.expanded = part.parameter
+        saved = tuple(keep(part, attached=self.attached))
+        shape, order = place.shape, place.order
+        if order is not None and not place.merged and order == tuple(range(len(order))):
+            order = None  # (they are in front already)
+        layout = None if self.level is None else Layout(0, 1, place.whole[1]) if place.merged and place.whole[1] != 1 else FIRST
+        kind: Any = type(part)
+        course.entries += (kind, form(shape, course.n))
+        trace.uses.append(Use(func, part, len(trace.edges) - 1, shape, order, place.merged, layout, saved))
 
 
 def _by_data(index: Any) -> bool:
@@ -387,23 +387,7 @@ def broadcast(shapes: list[torch.Size]) -> tuple[int, ...]:
 
 
 @functools.cache
-def label(func: Any) -> str:
-    """A function's name as a user would write it."""
-    name = resolve_name(func) or getattr(func, "__name__", str(func))
-    return str(name).replace("torch.nn.functional.", "F.").removeprefix("torch.").replace("Tensor.__get__", "attribute")
-
-
-def read_by(part: Part) -> list[Tensor]:
-    """The data tensors that the part's block reads later."""
-    return tensors_in(value for name, value in vars(part).items() if name not in ("parameter", "expanded"))
-
-
-def with_data(part: Part, function: Any) -> Part:
-    """The part with `function` applied to each data tensor."""
-    fields = {n: v if n == "parameter" else rebuild(v, iter([function(t) for t in tensors_in((v,))])) for n, v in vars(part).items()}
-    return type(part)(**fields)
-
-
-def detached(part: Part) -> Part:
-    """The part with its data cut from the graph, sharing memory and version counter."""
-    return ExpandedPart(part.parameter, part.parameter) if isinstance(part, ExpandedPart) else with_data(part, Tensor.detach)
+def writes(func: Any) -> bool:
+    """Whether a function's name says that it writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

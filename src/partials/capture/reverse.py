@@ -7,21 +7,25 @@ from typing import Any
 
 import torch
 
+from .._compat import reverse
 from .._typing import Tensor
 
 SEEDS_AT_ONCE = 10
 """Output entries in one batched pass: more gain nothing and cost memory (100 at once took three times as long as a loop)."""
 
 
+def single(values: Tensor, edges: Sequence[Any], *, create_graph: bool) -> Sequence[Tensor | None]:
+    """The same for one output per sample: (*edge shape), without the dimension C."""
+    if not values.requires_grad or not edges or not len(values):
+        return [None] * len(edges)
+    return reverse(values, torch.ones_like(values), edges, create_graph=create_graph)
+
+
 def cotangents(values: Tensor, edges: Sequence[Any], *, create_graph: bool, one_by_one: bool = False) -> list[Tensor | None]:
     """d (sum over samples of output c) / d edge for each c: (C, *edge shape), None where nothing flows."""
-    n = values.shape[0]
-    outputs = values[0].numel() if n else 0
-    if not values.requires_grad or not edges or not outputs:
+    n, outputs = values.shape[0], values.shape[1:].numel()
+    if not values.requires_grad or not edges or not n or not outputs:
         return [None] * len(edges)
-    if outputs == 1:
-        found = torch.autograd.grad(values, edges, torch.ones_like(values), retain_graph=True, create_graph=create_graph, allow_unused=True)
-        return [None if g is None else g.unsqueeze(0) for g in found]
     flat = values.reshape(n, outputs)
     if create_graph or one_by_one:  # (vmap over a backward that is differentiated again is not right for every operation)
         return _stacked([_pass(flat, edges, c, create_graph=create_graph) for c in range(outputs)])
@@ -44,13 +48,13 @@ def cotangents(values: Tensor, edges: Sequence[Any], *, create_graph: bool, one_
 
 def weighted(values: Tensor, edges: Sequence[Any], seeds: Tensor) -> list[Tensor | None]:
     """One reverse pass from `seeds`, (N, *out)."""
-    return list(torch.autograd.grad(values, edges, seeds, retain_graph=True, allow_unused=True))
+    return list(reverse(values, seeds, edges, create_graph=False))
 
 
 def _pass(flat: Tensor, edges: Sequence[Any], c: int, *, create_graph: bool) -> list[Tensor | None]:
     seed = torch.zeros_like(flat)
     seed[:, c] = 1
-    return list(torch.autograd.grad(flat, edges, seed, retain_graph=True, create_graph=create_graph, allow_unused=True))
+    return list(reverse(flat, seed, edges, create_graph=create_graph))
 
 
 def _stacked(rows: list[list[Tensor | None]]) -> list[Tensor | None]:

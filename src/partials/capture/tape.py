@@ -23,8 +23,10 @@ from torch.autograd.graph import get_gradient_edge
 from .. import _compat
 from .._typing import Tensor
 from ..methods._composite import TABLE as WRITTEN_OUT
-from ..rules import ELEMENTWISE, RULES, GatherPart, NoRule, OuterPart, SumPart
-from .recorder import Placement, Recorder, Refused, broadcast, label
+from ..rules import RULES, GatherPart, NoRule, OuterPart, SumPart
+from ..rules.elementwise import ENTRY_BY_ENTRY
+from .recorder import Recorder, broadcast
+from .trace import Placement, Refused, label
 
 _FLIPPED = {"oi": "io", "io": "oi"}
 
@@ -32,7 +34,6 @@ _FLIPPED = {"oi": "io", "io": "oi"}
 class TapeRecorder(Recorder):
     """A recorder whose uses may be used again by reverse passes of f's own. Without `samples`, all but parameters and buffers is data."""
 
-    known_samples = True
     buffers: frozenset[int] = frozenset()
     open = True
     """Whether uses are still recorded; reverse passes after the run are not f's own."""
@@ -54,6 +55,9 @@ class TapeRecorder(Recorder):
                 return AGAIN[func](*args, **kwargs)
         if func is F.linear:
             return self._linear(mine, *args, **kwargs)
+        if func in ENTRY_BY_ENTRY:
+            shape = broadcast([t.shape for t in tensors])
+            return self._with_expanded(func, args, kwargs, parameters, lambda p: p.expand(shape) if p.shape != shape else p.view_as(p))
         if func in RULES:
             try:
                 parts = [part for part in RULES[func](*args, **kwargs) if id(part.parameter) in mine]
@@ -63,9 +67,6 @@ class TapeRecorder(Recorder):
                     return self._by_rule(func, args, kwargs, parameters)
             except NoRule as declined:
                 raise Refused(f"{label(func)}: {declined}") from None
-        if func in ELEMENTWISE:
-            shape = broadcast([t.shape for t in tensors])
-            return self._with_expanded(func, args, kwargs, parameters, lambda p: p.expand(shape) if p.shape != shape else p.view_as(p))
         body = _compat.body_of(func) if isinstance(func, FunctionType) else None
         if body is None or func in RULES:
             raise Refused(f"{label(func)} has no rule for what f's own reverse passes do with its parameter")

@@ -11,14 +11,15 @@ from .._compat import inside_transform
 from .._errors import MethodError, PartialsError
 from .._machine import share
 from .._plan import LARGE, Cost, TooLarge, Use, Verdict, human_bytes
-from .._probe import Facts, demand_policy, look, random_state
+from .._probe import Facts, demand_policy, look
 from .._problem import Problem
+from .._state import drawn_since, random_state, restore
 from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from .describe import described, held
 from .engine import Run, native, parameters, solve, taped, vmapped
-from .recorder import Refused, Unplaced
-from .recorder import Use as Recorded
+from .trace import Refused, Unplaced
+from .trace import Use as Recorded
 from .walk import Hidden, demand_complete
 
 RUNNERS = {"native": native, "taped": taped, "vmapped": vmapped}
@@ -52,21 +53,22 @@ def attempt(problem: Problem) -> Attempt:
     nested = doubtful = False
     if inside_transform():
         return Attempt(None, {"capture": "a torch.func transform is running around this call"})
+    device = problem.targets[0].tensor.device
     for name, runner in RUNNERS.items():
         if name == "taped" and not nested:
             continue
-        before = random_state()
+        before = random_state(device)
         try:
             if name != "vmapped" and problem.randomness in ("same", "different"):
                 raise Refused(f'randomness="{problem.randomness}" is a policy for samples run apart')
             run = runner(problem)
-            if problem.randomness == "error" and random_state() != before:
-                restore(before)
+            if problem.randomness == "error" and drawn_since(before, device):
+                restore(before, device)
                 demand_policy(problem, look(problem))
             demand_room(problem, run[2].uses, int(torch.Size(run[0].shape[1:]).numel()))
             return Attempt(_solved(problem, run, name), {}, doubtful)
         except Hidden as hidden:
-            restore(before)
+            restore(before, device)
             return Attempt(None, _hidden(hidden, reasons), doubtful)
         except Refused as refused:
             nested |= refused.nested
@@ -74,7 +76,7 @@ def attempt(problem: Problem) -> Attempt:
             reasons.append(f"{name}: {refused}")
         except MethodError as error:
             reasons.append(f"{name}: {error.what}")
-        restore(before)
+        restore(before, device)
     return Attempt(None, {"capture": "; ".join(reasons)}, doubtful)
 
 
@@ -110,7 +112,7 @@ def preview(problem: Problem, facts: Facts) -> Preview:
             cost = _cost(problem, facts, sum(held(use) for use in trace.uses))
             return Preview(
                 Verdict("capture", f"{name} run, every use of every parameter in factors", cost),
-                described(trace, wanted, problem.size, None, name),
+                described(trace.uses, wanted, problem.size, None, name),
             )
         except Hidden as hidden:
             refused_too = _hidden(hidden, reasons)
@@ -134,14 +136,6 @@ def demand_room(problem: Problem, uses: Sequence[Recorded], outputs: int) -> Non
     needed = sum(held(use) for use in uses) * max(1, outputs)
     if needed > LARGE and needed > (room := share(problem.targets[0].tensor.device)):
         raise TooLarge("the factors do not fit", got=human_bytes(needed), expected=f"at most {human_bytes(room)}, half of what is free")
-
-
-def restore(state: bytes) -> None:
-    """The random state of the CPU (and of CUDA, where in use) as it was."""
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(torch.frombuffer(bytearray(state[:size]), dtype=torch.uint8))
-    if len(state) > size:
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(state[size:]), dtype=torch.uint8))
 
 
 def _cost(problem: Problem, facts: Facts, held_bytes: int) -> Cost:

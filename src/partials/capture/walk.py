@@ -10,7 +10,7 @@ from torch.autograd.function import BackwardCFunction
 from .._errors import listed
 from .._graph import HIDES
 from .._typing import Tensor
-from .recorder import Refused, Trace
+from .trace import Refused, Trace
 
 
 class Hidden(Refused):

@@ -28,7 +28,7 @@ class Computed:
     aux: Any = None
     sources: tuple[tuple[str, Tensor, int], ...] = ()
     """Tensors that the blocks read again, with the version they had."""
-    uses: tuple[Use, ...] = ()
+    uses: tuple[Use, ...] | Callable[[], tuple[Use, ...]] = ()
     doubtful: bool = False
     """A capture of f on the batch found uses whose cotangents belong to no one sample, or to samples in some order: samples may mix."""
 

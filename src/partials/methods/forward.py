@@ -85,7 +85,7 @@ def _agrees_with_reverse_mode(problem: Problem, values: Tensor, aliases: dict[st
         each = v.expand(problem.size, *v.shape)
         if target.kind == "input":
             each = v.movedim(problem.dim_of(target), 0) if problem.batched else v.unsqueeze(0)
-        flat = rows.values.reshape(*rows.rows, rows.values[0, 0].numel()).to(v)
+        flat = rows.values.reshape(*rows.rows, rows.values.shape[2:].numel()).to(v)
         terms = u.reshape(rows.rows) * (flat @ each.reshape(problem.size, -1, 1)).squeeze(-1)
         apart += float(terms.sum()) - (0.0 if g is None else float((g.to(v) * v).sum()))
         size += float(terms.abs().sum())

@@ -9,14 +9,14 @@ A rule is a function with the operation's own signature that yields parts (`_par
 
 Arguments that are no wanted parameter may be yielded all the same; they are ignored. For a use that it does not know a rule
 yields `Declined` (or raises `NoRule`), and the operation is then expanded or another method runs. Operations that act entry
-by entry need no formula: they are listed in `elementwise.py`. What can be said in operations that have rules is rewritten in them
-(`contraction.py`).
+by entry need no formula: they are listed in `elementwise.py` (sums and products have one all the same, in `arithmetic.py`). What
+can be said in operations that have rules is rewritten in them (`contraction.py`).
 """
 
 from __future__ import annotations
 
-from . import attention, contraction, conv, elementwise, embedding, linear, norm, recurrent
-from ._parts import ConvPart, Declined, ExpandedPart, GatherPart, NoRule, OuterPart, Part, SumPart
+from . import arithmetic, attention, contraction, conv, elementwise, embedding, linear, norm, recurrent
+from ._parts import ConvPart, Declined, ExpandedPart, GatherPart, NoRule, OuterPart, Part, SumPart, data_of, keep, with_data
 from ._table import COMPOSITES, ELEMENTWISE, PHYSICAL, REPEATED, RULES, Run, rule
 
 __all__ = [
@@ -34,13 +34,17 @@ __all__ = [
     "Part",
     "Run",
     "SumPart",
+    "arithmetic",
     "attention",
     "contraction",
     "conv",
+    "data_of",
     "elementwise",
     "embedding",
+    "keep",
     "linear",
     "norm",
     "recurrent",
     "rule",
+    "with_data",
 ]

@@ -2,17 +2,21 @@
 
 z is the operation's output and g its cotangent. A rule names tensors only; layouts, seeds and views are not its business.
 Letters: n sample, c output, t position, i input feature, o output feature.
+
+A part is made for one use and belongs to it: what it reads is detached in place, and cleared when its block no longer needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
 
+from .._signature import rebuild, tensors_in
 from .._typing import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class OuterPart:
     """J = sum_t g[t, o] (x) a[t, i], features last in both; `order` says how the parameter stores (o, i)."""
 
@@ -27,7 +31,7 @@ class OuterPart:
     batched = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class SumPart:
     """J = sum over positions of g * times, reduced to the parameter's shape as broadcasting would."""
 
@@ -45,7 +49,7 @@ class SumPart:
         return self.times is not None and self.channel != 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class GatherPart:
     """J adds g[t] to row index[t]; a negative index adds nothing.
 
@@ -59,7 +63,7 @@ class GatherPart:
     batched = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class ConvPart:
     """J = correlation of the input's patches with g: a convolution's weight; of g's patches with the input where it is transposed."""
 
@@ -77,7 +81,7 @@ class ConvPart:
         return self.a.ndim == len(self.stride) + 2
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class ExpandedPart:
     """The parameter was expanded to one value for each position before the operation: J is the expanded tensor's cotangent, summed."""
 
@@ -86,7 +90,7 @@ class ExpandedPart:
     batched = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Declined:
     """The rule does not know this use of the parameter; the operation is expanded or another method runs."""
 
@@ -96,6 +100,40 @@ class Declined:
 
 
 Part = OuterPart | SumPart | GatherPart | ConvPart | ExpandedPart | Declined
+
+
+def with_data(part: Part, function: Callable[[Tensor], Tensor]) -> Part:
+    """The part, with `function` applied to each of its data tensors."""
+    for name in data_of(type(part)):
+        value = getattr(part, name)
+        changed = function(value) if isinstance(value, Tensor) else rebuild(value, iter([function(t) for t in tensors_in((value,))]))
+        setattr(part, name, changed)
+    return part
+
+
+def keep(part: Part, *, attached: bool) -> list[tuple[Tensor, int]]:
+    """The part's data tensors with their versions; cut from the graph in place, unless `attached`: memory and versions are shared."""
+    found: list[tuple[Tensor, int]] = []
+    for name in data_of(type(part)):
+        value = getattr(part, name)
+        if isinstance(value, Tensor):
+            if not attached and value.requires_grad:
+                value = value.detach()
+                setattr(part, name, value)
+            found.append((value, value._version))
+        elif value:
+            if not attached:
+                value = rebuild(value, iter([t.detach() for t in tensors_in(value)]))
+                setattr(part, name, value)
+            found += [(t, t._version) for t in tensors_in(value)]
+    return found
+
+
+@cache
+def data_of(kind: type) -> tuple[str, ...]:
+    """Names of the fields that hold tensors of the run, of a class of parts: neither the parameter nor functions."""
+    names = [f.name for f in fields(kind) if "Tensor" in str(f.type) and "Callable" not in str(f.type)]
+    return tuple(name for name in names if name not in ("parameter", "expanded"))
 
 
 class NoRule(Exception):

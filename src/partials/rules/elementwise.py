@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ._table import ELEMENTWISE
+from ._table import ELEMENTWISE, RULES
 
 _NAMES = (
     *(
@@ -44,6 +44,10 @@ _NAMES = (
 )
 _DUNDERS = tuple(f"__{side}{name}__" for side in ("", "r", "i") for name in ("add", "sub", "mul", "div", "truediv", "pow"))
 
-ELEMENTWISE.update(getattr(owner, name) for owner in (torch, torch.Tensor) for name in _NAMES if hasattr(owner, name))
-ELEMENTWISE.update(getattr(torch.Tensor, f"{name}_") for name in _NAMES if hasattr(torch.Tensor, f"{name}_"))
-ELEMENTWISE.update(getattr(torch.Tensor, name) for name in _DUNDERS if hasattr(torch.Tensor, name))
+ENTRY_BY_ENTRY = frozenset(
+    {getattr(owner, name) for owner in (torch, torch.Tensor) for name in _NAMES if hasattr(owner, name)}
+    | {getattr(torch.Tensor, f"{name}_") for name in _NAMES if hasattr(torch.Tensor, f"{name}_")}
+    | {getattr(torch.Tensor, name) for name in _DUNDERS if hasattr(torch.Tensor, name)}
+)
+"""All such operations, those with a rule included."""
+ELEMENTWISE.update(ENTRY_BY_ENTRY - RULES.keys())

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import partials as pt
 from partials.capture import trial
-from partials.capture.recorder import Refused
+from partials.capture.trace import Refused
 from partials.rules import attention as rules
 
 EXACT = 1e-11

@@ -94,7 +94,7 @@ def test_the_vmapped_runner_gives_the_same(name, monkeypatch):
 
 
 def refuse():
-    from partials.capture.recorder import Refused
+    from partials.capture.trace import Refused
 
     raise Refused("switched off for the test")
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import partials as pt
 from partials.capture import trial
-from partials.capture.recorder import Refused
+from partials.capture.trace import Refused
 
 EXACT = 1e-11
 N = 4
