@@ -42,6 +42,11 @@ try:
 except ImportError:  # pragma: no cover - a torch that moved its internals
     _pop_mode = None  # type: ignore[assignment]
 
+try:
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode as _proxy_mode
+except ImportError:  # pragma: no cover - a torch that moved it
+    _proxy_mode = None  # type: ignore[assignment]
+
 PRIVATE = _private is not None and not os.environ.get("PARTIALS_PUBLIC_ONLY")
 """Whether the private calls are there and not switched off (PARTIALS_PUBLIC_ONLY=1 switches them off)."""
 
@@ -244,6 +249,11 @@ class WrittenBytes(TorchFunctionMode):
 def meter() -> LiveBytes | WrittenBytes:
     """A context that measures the bytes which the torch operations inside hold at once."""
     return LiveBytes() if PRIVATE and TorchDispatchMode is not object else WrittenBytes()
+
+
+def traced() -> bool:
+    """Whether `make_fx` is recording operations."""
+    return _proxy_mode is not None and _proxy_mode() is not None
 
 
 def watched() -> bool:

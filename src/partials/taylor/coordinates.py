@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 from torch import nn
 
 from .._errors import InputError, listed, near
@@ -16,7 +17,6 @@ from .choice import explained
 from .nested import Slot
 from .specs import Alphabet, Components, name_list
 
-Result = TypeVar("Result", bound=Callable[..., Any])
 Names = str | Iterable[str] | None
 
 
@@ -121,12 +121,22 @@ class Coordinates:
         return tuple(Slot(leaves.index(name) if name in leaves else -1, feature) for name, feature in self.slots)
 
 
-def curried(at: Result, function: Function) -> Result:
-    """`at`, which takes the inputs of `function`, with its signature: so operators can be applied to operators."""
-    at.explain = explained(at)  # type: ignore[attr-defined]
+def curried(at: Callable[..., Any], function: Function) -> Callable[..., Any]:
+    """`at`, which takes the inputs of `function`, with its signature: so operators can be applied to operators.
+
+    Under `torch.compile` it runs as it is, between two graphs: tracing the Python of this package takes a minute and gains nothing.
+    """
+
+    def run(*inputs: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(at)(*inputs, **kwargs)
+        return at(*inputs, **kwargs)
+
+    made: Any = run
+    made.explain = explained(at)
     with suppress(TypeError, ValueError):
-        at.__signature__ = _signature(function)  # type: ignore[attr-defined]
-    return at
+        made.__signature__ = _signature(function)
+    return made
 
 
 def _signature(function: Function) -> inspect.Signature:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._compat import traced
 from .._typing import Tensor
 from .frame import Frame, Table
 
@@ -103,7 +104,10 @@ def _compose_into(h: Tensor, c: Sequence[Tensor | Scaled], rest: Tensor, frame: 
     if len(c) < 2:
         h[1:] = 0
         return
-    torch.mul(rest, multiplied(c[1]), out=h[1:])
+    if traced():  # what `out=` writes cannot be differentiated once it is in a graph of operations
+        h[1:] = rest * multiplied(c[1])
+    else:
+        torch.mul(rest, multiplied(c[1]), out=h[1:])
     power = {slot: Scaled(entry, 1.0) for slot, entry in enumerate(rest.unbind(0))}
     for k, coefficient in enumerate(c[2 : frame.order + 1], start=2):
         power = _power(rest, power, frame.square if k == 2 else frame.powers[k - 2])
