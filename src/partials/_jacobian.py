@@ -307,7 +307,7 @@ class Jacobian(AbstractJacobian):
     def _wider(self, dtype: torch.dtype) -> Jacobian:
         """This Jacobian with values and factors in `dtype` or wider."""
         blocks = {name: tuple(wide(block, dtype) for block in group) for name, group in self.blocks.items()}
-        pieces = None if self.pieces is None else self.pieces.through(lambda J: J._wider(dtype))
+        pieces = None if self.pieces is None else self.pieces.through(lambda J: J._wider(dtype), dtype)
         return replace(self, values=self.values.to(torch.promote_types(self.dtype, dtype)), blocks=blocks, pieces=pieces)
 
     def _expect(self, what: str, got: Sequence[int], expected: Shape) -> None:

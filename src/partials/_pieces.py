@@ -56,15 +56,16 @@ class Pieces(ABC):
         """Temporaries inside are kept to what pieces may take."""
         return nullcontext()
 
-    def through(self, view: Callable[[Any], Any]) -> Pieces:
-        """The same pieces, each seen through `view`."""
-        return Seen(self, view)
+    def through(self, view: Callable[[Any], Any], least: torch.dtype | None = None) -> Pieces:
+        """The same pieces, each seen through `view`, which makes their rows `least` or wider where it is given."""
+        return Seen(self, view, least)
 
 
 @dataclass(frozen=True)
 class Seen(Pieces):
     inner: Pieces
     view: Callable[[Any], Any]
+    least: torch.dtype | None = None
 
     @property
     def rows(self) -> tuple[int, int]:  # type: ignore[override]
@@ -80,10 +81,11 @@ class Seen(Pieces):
         return self.inner.room()
 
     def dtype(self) -> torch.dtype:
-        return self.inner.dtype()
+        found = self.inner.dtype()
+        return found if self.least is None else torch.promote_types(found, self.least)
 
     def select(self, index: Tensor) -> Pieces:
-        return Seen(self.inner.select(index), self.view)
+        return Seen(self.inner.select(index), self.view, self.least)
 
     def check(self, level: str) -> Report:
         return self.inner.check(level)

@@ -46,7 +46,8 @@ class Curvature:
     def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
         """(P,), (P, k) or by name -> (P,) or (P, k)."""
         u = self.J @ v
-        mixed = u if self.H is None else (self.H.to(u.dtype) @ u.reshape(*self.H.shape[:2], -1)).reshape(u.shape)
+        columns = u.shape[-1] if u.ndim > self.J.values.ndim else 1
+        mixed = u if self.H is None else (self.H.to(u.dtype) @ u.reshape(*self.H.shape[:2], columns)).reshape(u.shape)
         return self.J.T @ mixed
 
     def solve(
