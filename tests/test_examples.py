@@ -38,5 +38,16 @@ def test_the_ground_state(tmp_path: Path) -> None:
     assert abs(float(said.split()[1]) - 0.5) < 0.01
 
 
+@pytest.mark.slow
+def test_flipped_labels(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn"), pytest.importorskip("matplotlib")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, str(ROOT / "examples" / "flipped_labels.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    influence, loss = (float(found) for found in re.findall(r"(?:influence|loss) (0\.\d+)", done.stdout))
+    assert influence > 0.99 and loss > 0.99 and (tmp_path / "found.png").stat().st_size > 10_000
+
+
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*BOUNDS, "ground_state", "training"}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*BOUNDS, "flipped_labels", "ground_state", "training"}

@@ -173,7 +173,12 @@ def check(f: Function, *inputs: Any, level: str = "quick", method: str = "auto",
     Report
         A row for each parameter and comparison; `.raise_if_failed()`, `.to_dict()`.
     """
-    return inspect(_problem(f, inputs, options), method, level)
+    return inspected(_problem(f, inputs, options), method, level)
+
+
+def inspected(problem: Problem, method: str, level: str) -> Report:
+    """The report on a problem; within a budget, on a Jacobian that keeps to it."""
+    return inspect(problem, method, level) if problem.budget is None else solve(problem, method, "never").check(level)
 
 
 def explain(f: Function, *inputs: Any, method: str = "auto", **options: Any) -> Plan:

@@ -238,7 +238,7 @@ def _match(patterns: list[str], known: list[str]) -> set[str]:
 
 def demand_values(what: str, tensor: Tensor) -> None:
     """InputError for a tensor whose numbers are not here."""
-    if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
+    if type(tensor) in (Tensor, nn.Parameter) and not (tensor.is_meta or tensor.is_nested) and tensor.layout is torch.strided:
         return
     if is_lazy(tensor):
         raise InputError(

@@ -115,14 +115,14 @@ def check(
     """Compute the Jacobian and compare it with independent computations; exit code 1 where they disagree."""
     if level not in LEVELS:
         raise InputError(f"level {level!r} is unknown", got=level, expected=f"one of: {', '.join(LEVELS)}", hint=near(level, LEVELS))
-    from partials.checks import inspect
+    from partials._api import inspected
 
     from .prepare import problem_of
 
     problem = problem_of(asked)
     with progress() as report:
         report(f"checking ({level})")
-        found = inspect(problem, method, level)
+        found = inspected(problem, method, level)
     _print(found, asked.json)
     if not found.passed:
         raise typer.Exit(CHECK_FAILED)

@@ -287,13 +287,13 @@ def attention(dtype: torch.dtype, device: torch.device) -> Call:
     return of_module(module, x, x, x, dtype=dtype, device=device, options={"output": 0}, pick=lambda pair: pair[0])
 
 
-@case({"capture": "gru takes a parameter and has no rule", "vmap": "doesn't match the broadcast shape"})
+@case()
 def gru(dtype: torch.dtype, device: torch.device) -> Call:
     module = modules.Last(nn.GRU(3, 2, batch_first=True))
     return of_module(module, torch.randn(N, 3, 3), dtype=dtype, device=device)
 
 
-@case({"capture": "lstm takes a parameter and has no rule", "vmap": "doesn't match the broadcast shape", "forward": "mkldnn_rnn_layer"})
+@case({"forward": "mkldnn_rnn_layer"})
 def lstm(dtype: torch.dtype, device: torch.device) -> Call:
     module = modules.Last(nn.LSTM(3, 2, num_layers=2, batch_first=True))
     return of_module(module, torch.randn(N, 3, 3), dtype=dtype, device=device)

@@ -14,7 +14,6 @@ from partials._conv import Conv
 from partials._factors import Outer
 from partials._gather import Gather
 from partials._run import NAMES
-from partials._stack import Stack
 from partials.rules import RULES, OuterPart, SumPart
 from partials.testing import CASES, check_block, check_call, check_jacobian, check_method, check_rule
 
@@ -100,7 +99,6 @@ BLOCKS = {
     "conv": conv,
     "conv, groups": lambda: conv(groups=3),
     "conv, frames, dilated": lambda: conv(frames=2, dilation=2),
-    "stack": lambda: Stack(((BLOCKS["outer"](), Dense(data(3, 2, 4, 5))), (BLOCKS["outer, positions"](),))),
 }
 
 
