@@ -160,5 +160,5 @@ def test_poisson_to_five_digits() -> None:
         for _ in range(250):
             optimizer.step(closure)
         T = torch.rand(2000, 2, dtype=F64)
-        errors.append(float((net(T)[:, 0] - exact(T)).square().mean().sqrt()))
+        errors.append(float((net(T)[:, 0] - exact(T)).square().mean().sqrt().detach()))
     assert sorted(errors)[1] < 1e-4
