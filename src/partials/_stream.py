@@ -228,7 +228,7 @@ def _stored(
     said = {"loss": getattr(loss, "__qualname__", loss), **{name: value for name, value in options.items() if name != "params"}}
 
     def fingerprint(block: int) -> Mapping[str, Any]:
-        return identity(named, what, "batches", None, block, said)
+        return identity(named, what, "batches", None, block, block, said)
 
     config = {"what": what, "options": {name: str(value) for name, value in said.items()}}
     write_batches(path, Work(what, of), (inputs_of(batch) for batch in batches), fingerprint, config)
