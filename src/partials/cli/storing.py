@@ -36,7 +36,7 @@ EVERY = 5.0
 def run(
     asked: Asked,
     out: Annotated[Path, typer.Option("--out", "-o", help="The store: a new folder, or with --resume one of the same run.")],
-    what: Annotated[str, typer.Option("--what", help="jacobian, norms, sum, gram, diagonal or sketch:K.")] = "jacobian",
+    what: Annotated[str, typer.Option("--what", help="jacobian, norms, sum, gram, diagonal, sketch:K or sketch:K:KIND.")] = "jacobian",
     engine: Annotated[str, typer.Option("--engine", help="local (also under torchrun, SLURM, Kubernetes), or ray.")] = "local",
     address: Annotated[str | None, typer.Option("--address", help="An existing Ray cluster; without it one is started here.")] = None,
     weights: Annotated[Path | None, typer.Option("--weights", help="A .safetensors file to load into the model.")] = None,
@@ -47,12 +47,12 @@ def run(
     """Compute a quantity for every sample of DATA and write it to a store that survives interruption."""
     if engine not in ENGINES:
         raise InputError(f"engine {engine!r} is unknown", got=engine, expected=f"one of: {', '.join(ENGINES)}", hint=near(engine, ENGINES))
+    from partials._what import STORED, parsed
     from partials.distribute import job as jobs
     from partials.distribute.ranks import place
     from partials.store.produce import Stopped
-    from partials.store.work import demand_known
 
-    demand_known(what)
+    parsed(what, STORED)
     here = place()
     make = partial(job_of, asked, str(out.resolve()), what, None if weights is None else str(weights.resolve()), block, here.local)
     made = make()

@@ -13,11 +13,11 @@ import torch
 from .. import _blocks
 from .._errors import InputError
 from .._typing import Tensor
+from .._what import parsed
 from . import fingerprint
 from .data import Inputs
 from .format import Array, array
 
-WHAT = ("jacobian", "norms", "sum", "gram", "diagonal", "sketch:K")
 BLOCK_BYTES = 64 * 2**20
 """Of a block's main array, unless told otherwise: large enough for a disk, small enough to lose."""
 BLOCKS, PARTS, TOGETHER = 4096, 256, 8
@@ -53,7 +53,7 @@ class Work:
             width = (c, offset) if self.what == "sum" else (offset,)
             first = array("parts", (blocks, *width), dtype, 1, {**main, "result": result})
         else:
-            widths = {"jacobian": (c, offset), "norms": (c,), "gram": (c, samples, c), "sketch": (c, self.width)}
+            widths = {"jacobian": (c, offset), "norms": (c,), "gram": (c, samples, c), "sketch": (c, *parsed(self.what)[1][:1])}
             first = array(self.kind, (samples, *widths[self.kind]), dtype, block, main)
         return [first, array("values", (samples, c), dtype, block)]
 
@@ -103,11 +103,7 @@ class Work:
 
     @property
     def kind(self) -> str:
-        return self.what.partition(":")[0]
-
-    @property
-    def width(self) -> int:
-        return int(self.what.partition(":")[2] or 0)
+        return parsed(self.what)[0]
 
     def _quantity(self, J: Any, out: numpy.ndarray | None) -> numpy.ndarray:
         n, c = len(J), _blocks.size_of(J.out)
@@ -119,7 +115,8 @@ class Work:
         if self.kind == "norms":
             return _array(J.norms()).reshape(n, c)
         if self.kind == "sketch":
-            return _array(J.sketch(self.width)).reshape(n, c, self.width)
+            how = parsed(self.what)[1]
+            return _array(J.sketch(*how)).reshape(n, c, how[0])
         if self.kind == "sum":
             return _array(J.sum()).reshape(1, c, -1)
         if self.kind == "diagonal":
@@ -127,19 +124,6 @@ class Work:
         assert self.others is not None
         parts = [_array(J.gram(self.jacobian(inputs))).reshape(n, c, stop - start, c) for start, stop, inputs in self.others()]
         return numpy.concatenate(parts, 2)
-
-
-def demand_known(what: str) -> None:
-    """
-    Raises
-    ------
-    InputError
-        where the quantity is none that a store holds.
-    """
-    kind, _, width = what.partition(":")
-    sized = width.isdigit() and 0 < int(width) < 2**31 if kind == "sketch" else not width
-    if (f"{kind}:K" not in WHAT and kind not in WHAT) or not sized:
-        raise InputError(f"what={what!r} is unknown", got=what, expected=f"one of: {', '.join(WHAT)}", hint="sketch:4096")
 
 
 def identity(

@@ -121,7 +121,7 @@ def test_names_are_escaped(name):
     assert journal.escaped(name).isascii() and not set("/\\\0.:") & set(journal.escaped(name)) and journal.escaped(name)
 
 
-@pytest.mark.parametrize("what", ["jacobian", "norms", "sketch:5", "sum", "diagonal"])
+@pytest.mark.parametrize("what", ["jacobian", "norms", "sketch:5", "sketch:6:kronecker", "sum", "diagonal"])
 def test_a_block_is_computed_a_part_at_a_time(tmp_path, monkeypatch, what):
     monkeypatch.setattr("partials.store.work.BLOCK_BYTES", 1)
     monkeypatch.setattr("partials.store.work.TOGETHER", 3)
@@ -132,7 +132,8 @@ def test_a_block_is_computed_a_part_at_a_time(tmp_path, monkeypatch, what):
     local(one, Place(), resume=False)
     assert seen == [3, 3, 1, 3]
     found, (_, J) = pt.open(tmp_path / "store"), made(tmp_path / "whole", what)
-    expected = {"sum": J.sum, "diagonal": J.diagonal, "norms": J.norms, "jacobian": J.dense, "sketch:5": lambda: J.sketch(5)}[what]()
+    sketches = {"sketch:5": lambda: J.sketch(5), "sketch:6:kronecker": lambda: J.sketch(6, "kronecker")}
+    expected = {"sum": J.sum, "diagonal": J.diagonal, "norms": J.norms, "jacobian": J.dense, **sketches}[what]()
     assert torch.allclose(found.result() if what in ("sum", "diagonal") else found[:], expected, rtol=1e-12, atol=1e-14)
 
 
