@@ -146,13 +146,13 @@ def mish(x: Tensor, n: int, value: Known = None) -> Coefficients:
 
 
 def elu(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Series:
-    """scale * x above zero, scale * alpha * (exp(x * input_scale) - 1) below."""
+    """scale * x above zero, scale * alpha * (exp(x * input_scale) - 1) below; at zero the slope of below, and no further derivatives."""
 
     def of(x: Tensor, n: int, value: Known = None) -> Coefficients:
         e = torch.exp(input_scale * x)
         below = [(scale * alpha * input_scale**k / math.factorial(k)) * e for k in range(n + 1)]
         below[0] = scale * alpha * torch.expm1(input_scale * x)
-        return _beyond(x > 0, (scale * x, scale), below)
+        return [*_beyond(x > 0, (scale * x, scale), below[:2]), *(torch.where(x < 0, c, 0) for c in below[2:])]
 
     return of
 
