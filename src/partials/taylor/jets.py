@@ -13,9 +13,9 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._typing import Shape, Tensor
-from . import kernels
+from . import composition, kernels
+from .composition import Series
 from .frame import Frame
-from .kernels import Series
 
 
 class NoRule(Exception):
@@ -139,14 +139,14 @@ def lifted(constant: Any, frame: Frame, like: Jet | None = None) -> Jet:
 def compose(series: Series, f: Jet) -> Jet:
     """phi(f), entry by entry."""
     if f.base is not None and not has_torch_function((f.base[0],)):
-        return Jet(f.frame, kernels.compose_stack(series, *f.base, f.frame))
+        return Jet(f.frame, composition.compose_stack(series, *f.base, f.frame))
     return Jet(f.frame, _compose(series, *f.parts, f.frame))
 
 
 def _compose(series: Series, value: Tensor, rest: Tensor, frame: Frame) -> Tensor:
     if has_torch_function((value,)):  # so that a mode around us sees this as one operation
         return handle_torch_function(_compose, (value, rest), series, value, rest, frame)
-    return kernels.compose(series, (value, rest), frame)
+    return composition.compose(series, (value, rest), frame)
 
 
 def _multiply(f0: Tensor, f: Tensor, g0: Tensor, g: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:

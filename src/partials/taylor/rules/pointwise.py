@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import series
+from ..composition import Series
 from ..jets import Jet, NoRule, compose, minus
-from ..kernels import Series
 from ..table import enter, jet_rule
 
 _SMOOTH: dict[str, Series] = {
