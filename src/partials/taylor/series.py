@@ -118,17 +118,23 @@ def sigmoid(x: Tensor, n: int, value: Known = None) -> Coefficients:
 
 
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Series:
+    """Its slope is a sigmoid; beyond the threshold, of plus infinity: a straight line."""
+
     def of(x: Tensor, n: int, value: Known = None) -> Coefficients:
-        slopes = [multiplied(c) for c in sigmoid(beta * x, n)]
-        found = [F.softplus(x, beta, threshold), *(slopes[k - 1] * (beta ** (k - 1) / k) for k in range(1, n + 1))]
-        return _beyond(beta * x > threshold, (x, 1), found)
+        z = beta * x
+        slopes = sigmoid(torch.where(z > threshold, math.inf, z), n)
+        return [F.softplus(x, beta, threshold) if value is None else value, *_integrated(slopes, beta, n)]
 
     return of
 
 
 def logsigmoid(x: Tensor, n: int, value: Known = None) -> Coefficients:
-    slopes = [multiplied(c) for c in sigmoid(-x, n)]
-    return [F.logsigmoid(x), *(slopes[k - 1] * ((-1) ** (k - 1) / k) for k in range(1, n + 1))]
+    return [F.logsigmoid(x) if value is None else value, *_integrated(sigmoid(-x, n), -1, n)]
+
+
+def _integrated(slopes: Coefficients, inner: float, n: int) -> Coefficients:
+    """Coefficients 1 .. n of a function whose derivative at x is s(inner * x), with the coefficients of s."""
+    return [Scaled(c, factor * inner ** (k - 1) / k) for k, (c, factor) in zip(range(1, n + 1), map(scaled, slopes), strict=False)]
 
 
 def silu(x: Tensor, n: int, value: Known = None) -> Coefficients:

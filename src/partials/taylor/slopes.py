@@ -44,16 +44,19 @@ def slope_of(series: Callable[..., Any]) -> Slope | None:
     return found
 
 
-def pulled(slope: Slope, result: Tensor, cotangent: Tensor, frame: Frame, thin: Shape) -> Parts:
-    """The cotangent of f, from that of h = phi(f) and from h; the rest is summed to the shape `thin`."""
+def pulled(slope: Slope, result: Tensor, cotangent: Tensor, frame: Frame, affine: Shape | None) -> Parts:
+    """The cotangent of f, from that of h = phi(f) and from h. Of an affine f: the shape of its rest, to which first slots are summed."""
     if not plain() or traced():
-        value, rest = _differentiable(slope, result, cotangent, frame)
-        return value, rest.sum_to_size(thin)
-    if tuple(thin[1:]) == tuple(result.shape[1:]):
+        return _differentiable(slope, result, cotangent, frame)
+    if affine is None:
         return parts_of(pulled_stack(slope, result, cotangent, frame))
-    rest = result.new_zeros(thin)
-    value = _pull(slope, result, cotangent, frame, lambda j, p, h, weight: rest[j].add_((p * h).sum_to_size(thin[1:]), alpha=weight))
-    return value, rest
+    rest = result.new_zeros(affine)
+
+    def add(j: int, p: Tensor, h: Tensor, weight: float) -> None:
+        if j < frame.firsts:  # the others are zero whatever the parameters are
+            rest[j].add_((p * h).sum_to_size(affine[1:]), alpha=weight)
+
+    return _pull(slope, result, cotangent, frame, add), rest
 
 
 def pulled_stack(slope: Slope, result: Tensor, cotangent: Tensor, frame: Frame) -> Tensor:

@@ -226,7 +226,8 @@ def unsupported(*args: Any, **kwargs: Any) -> Jet:
 @jet_rule("cat", "concat", "concatenate")
 def cat(tensors: Sequence[Any], dim: int = 0, **axis: int) -> Jet:
     ndim = next(t.ndim for t in tensors if isinstance(t, Jet))
-    return join(tensors, lambda stacks: torch.cat(list(stacks), behind(axis.get("axis", dim), ndim)))
+    along = behind(axis.get("axis", dim), ndim)
+    return join(tensors, lambda stacks: torch.cat(list(stacks), along), along - 1)
 
 
 @jet_rule("stack")
