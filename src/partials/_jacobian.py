@@ -51,6 +51,12 @@ class Jacobian(AbstractJacobian):
         chosen = super()._select(key)
         return chosen if self.inputs is None else replace(chosen, inputs=self.inputs[key])
 
+    def to(self, device: torch.device | str) -> Jacobian:
+        found = super().to(device)
+        return found if self.inputs is None or found is self else replace(found, inputs=self.inputs.to(device))
+
+    to.__doc__ = AbstractJacobian.to.__doc__
+
     def dict(self) -> ByName:
         """The dense rows by name, inputs first: {name: (N, *out, *shape)}."""
         return {**({} if self.inputs is None else self.inputs.dict()), **super().dict()}
@@ -288,7 +294,7 @@ class Jacobian(AbstractJacobian):
             raise InputError("some parameters have no .grad to add to", got=listed(not_leaves), expected="leaf tensors that require grad")
         total = self.unflatten(self.sum(weights).reshape(-1))
         for name, parameter in self.leaves.items():
-            part = (torch.view_as_complex(total[name]) if parameter.is_complex() else total[name]).to(parameter.dtype)
+            part = (torch.view_as_complex(total[name]) if parameter.is_complex() else total[name]).to(parameter)
             if parameter.grad is None:
                 parameter.grad = part.clone()
             elif self.attached:

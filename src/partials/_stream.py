@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._errors import InputError, MethodError, near
+from ._errors import InputError, MethodError
 from ._typing import Function, Tensor
+from ._what import STORED, parsed
 
 if TYPE_CHECKING:
     from ._jacobian import Jacobian
@@ -19,18 +20,15 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 ITERATED: dict[str, Callable[..., Tensor]] = {
     "jacobian": lambda J: J.dense(),
     "norms": lambda J: J.norms(),
-    "sketch": lambda J, k: J.sketch(int(k)),
+    "sketch": lambda J, *how: J.sketch(*how),
 }
 """Quantities of each batch's own rows."""
 REDUCED: dict[str, Callable[..., Tensor]] = {
     "sum": lambda J: J.sum(),
     "diagonal": lambda J: J.diagonal(),
-    "clipped_sum": lambda J, most: J.clipped_sum(float(most)),
+    "clipped_sum": lambda J, most: J.clipped_sum(most),
 }
 """Quantities that add up over batches."""
-WITH_NUMBER = {"sketch": "4096", "clipped_sum": "1.0"}
-"""Those that take a number behind a colon, and an example of it."""
-WHAT = [f"{name}:{WITH_NUMBER[name]}" if name in WITH_NUMBER else name for name in (*ITERATED, *REDUCED, "gram")]
 
 
 def stream(
@@ -53,6 +51,7 @@ def stream(
         Each is a tensor, a tuple or list of positional inputs, or a mapping of keyword inputs.
     what
         "jacobian", "norms", "sketch:K": one result for each batch, (n, *out, P), (n, *out) or (n, *out, K), made when it is asked for.
+        A sketch is Gaussian, or of another kind of `Jacobian.sketch`: "sketch:4096:kronecker" forms no rows.
         "sum", "diagonal", "clipped_sum:C", "gram": one tensor for all batches together, (*out, P), (P,), (P,) or (N, *out, N, *out),
         added in the order of the batches. The inputs of all batches are kept for "gram", whose result is larger than they are; their
         rows are not.
@@ -84,7 +83,7 @@ def stream(
     >>> pt.stream(model, data, "sum").shape
     torch.Size([2, 8])
     """
-    name, number = parsed(what)
+    name, how = parsed(what)
     if not options.get("batched", True):
         raise InputError("stream takes batches", got="batched=False", expected="samples along a dimension of every batch")
     of = rows_of(f, loss, options)
@@ -93,27 +92,9 @@ def stream(
         return _stored(f, told, what, Path(to), of, loss, options)
     if name == "gram":
         return _gram(of, told)
-    numbers = () if number is None else (number,)
     if name in ITERATED:
-        return (ITERATED[name](of(inputs_of(batch)), *numbers) for batch in told)
-    return _reduced(REDUCED[name](of(inputs_of(batch)), *numbers) for batch in told)
-
-
-def parsed(what: str) -> tuple[str, str | None]:
-    """The name of a quantity and its number, if it takes one."""
-    name, colon, number = what.partition(":")
-    sized = bool(colon) == (name in WITH_NUMBER) and (not colon or _positive(number, whole=name == "sketch"))
-    if name not in (*ITERATED, *REDUCED, "gram") or not sized:
-        hint = f"{name}:{WITH_NUMBER[name]}" if name in WITH_NUMBER else near(what, WHAT)
-        raise InputError(f"what={what!r} is unknown", got=repr(what), expected=f"one of: {', '.join(WHAT)}", hint=hint)
-    return name, number if colon else None
-
-
-def _positive(text: str, *, whole: bool) -> bool:
-    try:
-        return (int(text) if whole else float(text)) > 0
-    except ValueError:
-        return False
+        return (ITERATED[name](of(inputs_of(batch)), *how) for batch in told)
+    return _reduced(REDUCED[name](of(inputs_of(batch)), *how) for batch in told)
 
 
 def rows_of(f: Function, loss: Callable[..., Any] | None, options: Mapping[str, Any]) -> Callable[[Inputs], Jacobian]:
@@ -214,7 +195,6 @@ def _stored(
     """The results in a store, a block for each batch."""
     from .store import open_store
     from .store.produce import write_batches
-    from .store.work import WHAT as STORED
     from .store.work import Work, identity
 
     if parsed(what)[0] in ("gram", "clipped_sum"):
@@ -228,7 +208,7 @@ def _stored(
     said = {"loss": getattr(loss, "__qualname__", loss), **{name: value for name, value in options.items() if name != "params"}}
 
     def fingerprint(block: int) -> Mapping[str, Any]:
-        return identity(named, what, "batches", None, block, said)
+        return identity(named, what, "batches", None, block, block, said)
 
     config = {"what": what, "options": {name: str(value) for name, value in said.items()}}
     write_batches(path, Work(what, of), (inputs_of(batch) for batch in batches), fingerprint, config)

@@ -85,7 +85,22 @@ def test_batches_are_taken_when_they_are_asked_for(model, data):
     assert taken == [5]
 
 
-@pytest.mark.parametrize("what", ["norm", "sketch", "sketch:0", "sketch:many", "sum:3", "clipped_sum", "clipped_sum:-1", ""])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "norm",
+        "sketch",
+        "sketch:0",
+        "sketch:many",
+        "sketch:8:none",
+        "sketch:8:",
+        "sketch:8:kronecker:1",
+        "sum:3",
+        "clipped_sum",
+        "clipped_sum:-1",
+        "",
+    ],
+)
 def test_unknown_quantities(model, what):
     with pytest.raises(pt.InputError, match="is unknown"):
         pt.stream(model, [], what)

@@ -46,7 +46,42 @@ class Column:
 
     def __getitem__(self, rows: slice) -> Any:
         part = self.column.slice(rows.start, rows.stop - rows.start)
-        return numpy.asarray(part.to_pylist()) if len(self.shape) > 1 else part.to_numpy()
+        if len(self.shape) == 1:
+            return part.to_numpy()
+        found = numpy.asarray(part.to_pylist()) if len(self.shape) > 2 or part.null_count else self._lists(part)
+        return found.reshape(len(part), *self.shape[1:])
+
+    def _lists(self, part: Any) -> numpy.ndarray:
+        """Lists of numbers, all of one length, without a Python object for each number."""
+        chunks = part.chunks if hasattr(part, "chunks") else [part]
+        lengths = {n for chunk in chunks for n in chunk.value_lengths().unique().to_pylist()}
+        if lengths - {self.shape[1]}:
+            raise InputError("a column holds lists of several lengths", got=str(sorted(lengths)), expected=f"{self.shape[1]} numbers each")
+        return numpy.concatenate([numpy.empty(0, self.dtype), *(chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks)])
+
+
+class Grouped:
+    """A column of a Parquet file, of which only the row groups that hold the rows asked for are read; those read last are kept."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self.file, self.name = file, name
+        self.last: tuple[list[int], Any] = ([], None)
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        self.starts = [0, *numpy.cumsum(sizes).tolist()]
+        first = Column(next(file.iter_batches(1, columns=[name]))[0]) if self.starts[-1] else Column([])
+        self.shape, self.dtype = (self.starts[-1], *first.shape[1:]), first.dtype
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, rows: slice) -> Any:
+        start, stop = rows.start, min(rows.stop, len(self))
+        groups = [i for i, first in enumerate(self.starts[:-1]) if first < stop and self.starts[i + 1] > start]
+        if groups != self.last[0]:
+            self.last = ([], None)  # (before the next is read: two of them need not fit)
+            self.last = (groups, self.file.read_row_groups(groups, columns=[self.name])[self.name])
+        before = self.starts[groups[0]] if groups else 0
+        return Column(self.last[1])[slice(start - before, stop - before)]
 
 
 def data_of(specs: Sequence[str], change: Callable[[Any], Any]) -> Data:
@@ -115,9 +150,10 @@ def _table(path: Path, suffix: str) -> dict[str, Any]:
     except ImportError:
         raise InputError(f"{path} needs Arrow", got="no module named 'pyarrow'", hint="pip install 'partials[arrow]'") from None
     try:
-        table = (
-            parquet.read_table(path, memory_map=True) if suffix == ".parquet" else ipc.open_file(pyarrow.memory_map(str(path))).read_all()
-        )
+        if suffix == ".parquet":
+            file = parquet.ParquetFile(path, memory_map=True)
+            return {name: Grouped(file, name) for name in file.schema_arrow.names}
+        table = ipc.open_file(pyarrow.memory_map(str(path))).read_all()
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} cannot be read", got=str(error).partition("\n")[0], expected=f"a {suffix} file") from None
     return {name: Column(table[name]) for name in table.column_names}

@@ -36,7 +36,7 @@ EVERY = 5.0
 def run(
     asked: Asked,
     out: Annotated[Path, typer.Option("--out", "-o", help="The store: a new folder, or with --resume one of the same run.")],
-    what: Annotated[str, typer.Option("--what", help="jacobian, norms, sum, gram, diagonal or sketch:K.")] = "jacobian",
+    what: Annotated[str, typer.Option("--what", help="jacobian, norms, sum, gram, diagonal, sketch:K or sketch:K:KIND.")] = "jacobian",
     engine: Annotated[str, typer.Option("--engine", help="local (also under torchrun, SLURM, Kubernetes), or ray.")] = "local",
     address: Annotated[str | None, typer.Option("--address", help="An existing Ray cluster; without it one is started here.")] = None,
     weights: Annotated[Path | None, typer.Option("--weights", help="A .safetensors file to load into the model.")] = None,
@@ -47,12 +47,12 @@ def run(
     """Compute a quantity for every sample of DATA and write it to a store that survives interruption."""
     if engine not in ENGINES:
         raise InputError(f"engine {engine!r} is unknown", got=engine, expected=f"one of: {', '.join(ENGINES)}", hint=near(engine, ENGINES))
+    from partials._what import STORED, parsed
     from partials.distribute import job as jobs
     from partials.distribute.ranks import place
     from partials.store.produce import Stopped
-    from partials.store.work import demand_known
 
-    demand_known(what)
+    parsed(what, STORED)
     here = place()
     make = partial(job_of, asked, str(out.resolve()), what, None if weights is None else str(weights.resolve()), block, here.local)
     made = make()
@@ -73,7 +73,7 @@ def run(
             raise typer.Exit(INTERRUPTED) from None
     checked = jobs.recompute(made, jobs.RECOMPUTED) if here.rank == 0 else []
     wrong = [(n, error) for n, error, tolerance in checked if not error <= tolerance]
-    _summary(made, done, time.perf_counter() - start, len(checked), asked.json)
+    _summary(made, done, time.perf_counter() - start, len(checked), not wrong, asked.json)
     if wrong:
         say(f"sample {wrong[0][0]} comes out otherwise when it is computed again alone: off by {wrong[0][1]:.1e} of its norm")
         raise typer.Exit(CHECK_FAILED)
@@ -260,18 +260,18 @@ def _outlook(made: Job, json: bool) -> str:
     return "\n".join(f"{name:<20}{value}" for name, value in found.items())
 
 
-def _summary(made: Job, done: Progress, seconds: float, checked: int, json: bool) -> None:
+def _summary(made: Job, done: Progress, seconds: float, checked: int, equal: bool, json: bool) -> None:
     from partials._plan import human_bytes
 
     fields = {"store": str(made.path), "samples": done.rows, "blocks": done.done, "bytes": done.bytes, "seconds": round(seconds, 3)}
-    fields |= {"nonfinite": done.nonfinite, "recomputed": checked}
+    fields |= {"nonfinite": done.nonfinite, "recomputed": checked, "equal": equal}
     if json:
         print(json_module.dumps(fields, indent=2))
         return
     strange = f", {done.nonfinite} rows with NaN or infinity" if done.nonfinite else ""
     print(
         f"{made.path}: {done.rows} samples in {done.done} blocks, {human_bytes(float(done.bytes))} in {seconds:.1f} s{strange}; "
-        f"{checked} rows computed again" + (", equal" if checked else "")
+        f"{checked} rows computed again" + ("" if not checked else ", equal" if equal else ", not all equal")
     )
 
 

@@ -31,6 +31,8 @@ class Job:
     work: Work
     data: Data
     block: int
+    together: int
+    """Samples of a block that are computed at once."""
     arrays: list[Array]
     identity: dict[str, Any]
     config: dict[str, Any] = field(default_factory=dict)
@@ -42,9 +44,10 @@ class Job:
     def rows(self, number: int) -> tuple[int, int]:
         return number * self.block, min((number + 1) * self.block, self.data.length)
 
-    def inputs(self, numbers: list[int]) -> Iterator[tuple[int, tuple[int, int], Inputs]]:
-        """(number, rows, inputs) of some blocks, read when they are reached."""
-        return ((number, self.rows(number), self.data.take(*self.rows(number))) for number in numbers)
+    def inputs(self, number: int) -> Iterator[Inputs]:
+        """The inputs of a block, in parts that are computed one after the other, each read when it is reached."""
+        first, stop = self.rows(number)
+        return (self.data.take(start, min(start + self.together, stop)) for start in range(first, stop, self.together))
 
     def writer(self, place: Place, resume: bool) -> Writer:
         return Writer(self.path, self.arrays, self.identity, self.config, rank=place.rank, world=place.world, resume=resume)
@@ -77,16 +80,21 @@ def job(
     if not data.length:
         raise InputError("there is no sample to compute", got="data of length 0", expected="at least one sample")
     work = Work(what, jacobian)
-    J = jacobian(data.take(0, 1))
-    size = block or work.block_rows(J, data.length, most)
+    first = data.take(0, 1)
+    J = jacobian(first)
+    together = work.together(J, first)
+    size = block or work.block_rows(J, data.length, together, most)
+    if work.kind == "gram":
+        together = data.length  # (every part meets all others, each of which is computed again for it)
     named = {**(state or {}), **J.leaves}
     found = Job(
         Path(path),
         work,
         data,
         size,
+        together,
         work.arrays(J, data.length, size),
-        identity(named, what, data.digest(), data.length, size, options),
+        identity(named, what, data.digest(), data.length, size, together, options),
         dict(config),
     )
     if work.kind == "gram":
@@ -107,7 +115,7 @@ def local(
     try:
         numbers = [n for n in range(job.blocks) if n % place.world == place.rank and n not in writer.done]
         progress = Progress(len(numbers))
-        produce(writer, job.work, job.inputs(numbers), progress, tell, stopping)
+        produce(writer, job.work, ((n, job.rows(n), job.inputs(n)) for n in numbers), progress, tell, stopping)
         finish(writer)
     finally:
         writer.close()
@@ -124,7 +132,7 @@ def recompute(job: Job, rows: int, seed: int = 0) -> list[tuple[int, float, floa
     chosen = torch.randperm(len(there), generator=generator)[:rows].tolist() if there else []
     found = []
     for n in sorted(there[i] for i in chosen):
-        values, _ = job.work.compute(job.data.take(n, n + 1))
+        values, _ = job.work.compute([job.data.take(n, n + 1)])
         expected, kept = torch.from_numpy(values[store.main.name]).double(), store[n : n + 1].double()
         error = (kept.reshape(expected.shape) - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny)
         found.append((n, float(error), 64 * torch.finfo(store.dtype).eps))

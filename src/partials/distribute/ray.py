@@ -70,7 +70,7 @@ def _block(make: Callable[[], Job], path: str, number: int) -> tuple[dict[str, A
     if path not in _JOBS:
         _JOBS[path] = make()
     job = _JOBS[path]
-    values, info = job.work.compute(job.data.take(*job.rows(number)))
+    values, info = job.work.compute(job.inputs(number))
     arrays = {a.name: a for a in job.arrays}
     files = {arrays[name].key(number): write_shard(job.path, arrays[name], number, part) for name, part in values.items()}
     return files, info, sum(part.nbytes for part in values.values())

@@ -55,12 +55,12 @@ class Stopped(Exception):
 def produce(
     writer: Writer,
     work: Work,
-    blocks: Iterable[tuple[int, tuple[int, int], Inputs]],
+    blocks: Iterable[tuple[int, tuple[int, int], Iterable[Inputs]]],
     progress: Progress,
     tell: Callable[[Progress], None] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Compute and commit the blocks (number, rows, inputs).
+    """Compute and commit the blocks (number, rows, inputs in parts).
 
     Raises
     ------
@@ -88,11 +88,11 @@ def produce(
     thread = threading.Thread(target=commit, name="partials-writer")
     thread.start()
     try:
-        for number, rows, inputs in blocks:
+        for number, rows, parts in blocks:
             if stopping() or faults:
                 break
             buffer = buffers.get()
-            values, info = work.compute(inputs, buffer)
+            values, info = work.compute(parts, buffer)
             waiting.put((number, rows, values, info, buffer))
     finally:
         waiting.put(None)
@@ -140,7 +140,7 @@ def write_batches(
     return writer
 
 
-def _missing_of(writer: Writer, batches: Iterable[Inputs], block: int) -> Iterator[tuple[int, tuple[int, int], Inputs]]:
+def _missing_of(writer: Writer, batches: Iterable[Inputs], block: int) -> Iterator[tuple[int, tuple[int, int], list[Inputs]]]:
     """The batches that are not in the store, numbered."""
     start, short = 0, False
     for number, inputs in enumerate(batches):
@@ -155,7 +155,7 @@ def _missing_of(writer: Writer, batches: Iterable[Inputs], block: int) -> Iterat
         short = rows < block
         kept = writer.done.get(number)
         if kept is None:
-            yield number, (start, start + rows), inputs
+            yield number, (start, start + rows), [inputs]
         elif kept.info["inputs"] != (found := fingerprint.of_inputs([*inputs[0], *inputs[1].values()])):
             raise StoreError(
                 f"{writer.path} belongs to other data: batch {number} differs",
