@@ -20,7 +20,7 @@ net = torch.nn.Sequential(
     torch.nn.Linear(784, 512), torch.nn.ReLU(), torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 10)
 )
 """
-SAMPLES, REPEATS, BLOCK = 120_000, 3, 1000
+SAMPLES, REPEATS, BLOCK = 1_000_000, 2, 5000
 WHAT = ["--what", "norms", "--loss", "cross_entropy", "--block", str(BLOCK)]
 
 

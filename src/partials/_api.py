@@ -171,7 +171,7 @@ def check(f: Function, *inputs: Any, level: str = "quick", method: str = "auto",
     Returns
     -------
     Report
-        A row for each parameter and comparison; `.raise_if_failed()`, `.to_dict()`.
+        A row for each parameter and comparison; `.raise_if_failed()`, `.to_dict()`, `.to_html()`.
     """
     return inspected(_problem(f, inputs, options), method, level)
 
@@ -199,7 +199,7 @@ def compare(
     Returns
     -------
     Comparison
-        `print` it; `.plot(path)`, `.to_json()`, `.to_markdown()`.
+        `print` it; `.plot(path)`, `.to_json()`, `.to_markdown()`, `.to_html()`.
     """
     return compare_methods(_problem(f, inputs, options), methods, repeats=repeats, progress=progress)
 

@@ -95,6 +95,10 @@ class Plan:
             self.recorded = self.recorded()
         return self.recorded
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What was left to be asked is asked before the plan goes to another process, with a report or an error."""
+        return {**vars(self), "asked": self.verdicts, "recorded": self.uses}
+
     @property
     def chosen(self) -> Verdict:
         return next(v for v in self.verdicts if v.method == self.method)
