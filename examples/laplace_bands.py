@@ -1,8 +1,8 @@
 """Uncertainty bands on a regression: three Laplace approximations of laplace-torch, with curvature from factors, beside the exact function.
 
-A network is fitted to 120 noisy values of sin(3x) + x/2 that leave a gap. A Laplace approximation puts a Gaussian around its parameters, with
-the Gauss-Newton matrix J^T J / sigma^2 + prior as precision; the noise sigma and the prior are those of the largest marginal likelihood with
-full curvature. The bands should hold the exact function, and be wide where there are no data: with full curvature they are.
+A network is fitted to 120 noisy values of sin(3x) + x/2 that leave a gap. A Laplace approximation puts a Gaussian around its parameters,
+with the Gauss-Newton matrix J^T J / sigma^2 + prior as precision; the noise sigma and the prior are those of the largest marginal
+likelihood with full curvature. The bands should hold the exact function, and be wide where there are no data: with full curvature they are.
 
 Run: python examples/laplace_bands.py [FOLDER]          (needs laplace-torch)
 """
