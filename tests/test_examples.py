@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BOUNDS = {"poisson": (60, 0.01), "heat": (100, 0.05), "burgers": (60, 0.05)}
 """Steps, and the relative error of Levenberg-Marquardt after them."""
+NAMED = {"flipped_labels", "gradient_norms", "ground_state", "influential_sentences", "kernel_in_training", "lotka_volterra"}
+"""The others, each with a test of its own name."""
 
 
 def run(name: str, steps: int, picture: Path) -> str:
@@ -36,6 +38,45 @@ def test_an_equation(name: str, tmp_path: Path) -> None:
 def test_the_ground_state(tmp_path: Path) -> None:
     said = run("ground_state", 100, tmp_path / "picture.png")
     assert abs(float(said.split()[1]) - 0.5) < 0.01
+
+
+@pytest.mark.slow
+def test_the_kernel_in_training(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    said = run("kernel_in_training", 60, tmp_path / "picture.png")
+    start, end, worst = (
+        float(found) for found in re.findall(r"labels (\S+) at the start, (\S+) after|to (\S+)% at worst", said) for found in found if found
+    )
+    assert end > 1.5 * start and worst < 10
+
+
+@pytest.mark.slow
+def test_gradient_norms(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    said = run("gradient_norms", 30, tmp_path / "picture.png")
+    first, last = (float(found) for found in re.findall(r"(?:norm|and|,) (\S+) at the", said))
+    among, wrong = (int(found) for found in re.findall(r"(\d+) of the (\d+)", said)[0])
+    assert last < first / 10 and among >= 0.8 * wrong
+
+
+@pytest.mark.slow
+def test_the_ode(tmp_path: Path) -> None:
+    """The fit is what is published from the same data; forward mode agrees with differences and with the conserved quantity."""
+    said = run("lotka_volterra", 8, tmp_path / "picture.png")
+    for found, error, published in re.findall(r"= (\S+) \+- (\S+)   published (\S+)", said):
+        assert abs(float(found) - float(published)) < float(error)
+    differences, law = (float(found) for found in re.findall(r"differences (\S+), the law broken by (\S+)", said)[0])
+    assert differences < 1e-7 and law < 1e-4
+
+
+@pytest.mark.slow
+def test_influential_sentences(tmp_path: Path) -> None:
+    """By chance 2 % of the sentences found would be the person's own."""
+    pytest.importorskip("transformers")
+    said = run("influential_sentences", 200, tmp_path / "picture.png")
+    own = int(re.findall(r"^(\d+)%", said, re.MULTILINE)[0])
+    before, without, random = (float(found) for found in re.findall(r"(\d\.\d+) (?:as trained|without)", said))
+    assert own > 50 and without - before > 2 * (random - before)
 
 
 @pytest.mark.slow
@@ -76,5 +117,5 @@ def test_private_training(tmp_path: Path) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    others = {"flipped_labels", "ground_state", "laplace_bands", "private_training", "training"}
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*BOUNDS, *others}
+    pictures_in_a_folder = {"laplace_bands", "private_training"}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*BOUNDS, *NAMED, *pictures_in_a_folder, "training"}

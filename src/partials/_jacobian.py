@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -41,6 +41,12 @@ class Jacobian(AbstractJacobian):
     """The rows with respect to inputs, where `wrt` named inputs beside parameters."""
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
     """The user's parameters by name, for `accumulate_grad`."""
+
+    @overload
+    def __getitem__(self, key: str) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, key: Any) -> Jacobian: ...
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str) and self.inputs is not None and key in self.inputs:
@@ -147,6 +153,16 @@ class Jacobian(AbstractJacobian):
         (Martens 2020, "New insights and perspectives on the natural gradient method", section 8.)
         """
         return Curvature(self, None if H is None else self._matrices(H))
+
+    @overload
+    def clipped_sum(
+        self, max_norm: float | Mapping[str, float], per: str = "all", return_norms: Literal[False] = False, *, epsilon: float = 0.0
+    ) -> Tensor: ...
+
+    @overload
+    def clipped_sum(
+        self, max_norm: float | Mapping[str, float], per: str = "all", *, return_norms: Literal[True], epsilon: float = 0.0
+    ) -> tuple[Tensor, Any]: ...
 
     def clipped_sum(
         self, max_norm: float | Mapping[str, float], per: str = "all", return_norms: bool = False, *, epsilon: float = 0.0

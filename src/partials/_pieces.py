@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -24,6 +24,9 @@ from ._typing import Tensor
 if TYPE_CHECKING:
     from ._rows import AbstractJacobian
     from .checks.report import Report
+
+
+Quantity = TypeVar("Quantity", bound=Callable[..., Any])
 
 
 class Pieces(ABC):
@@ -94,7 +97,7 @@ class Seen(Pieces):
 # --- quantities ----------------------------------------------------------------------------------------------------
 
 
-def joined(*cut: str, outputs: bool = True) -> Callable[[Any], Any]:
+def joined(*cut: str, outputs: bool = True) -> Callable[[Quantity], Quantity]:
     """The quantity of a Jacobian with pieces is that of each, in its rows.
 
     `cut` names arguments that have rows themselves; `outputs=False` says that a sample's outputs meet in the quantity.
@@ -115,7 +118,7 @@ def joined(*cut: str, outputs: bool = True) -> Callable[[Any], Any]:
     return wrap
 
 
-def added(*cut: str, outputs: bool = False, together: str = "") -> Callable[[Any], Any]:
+def added(*cut: str, outputs: bool = False, together: str = "") -> Callable[[Quantity], Quantity]:
     """The quantity of a Jacobian with pieces is the sum of that of each: (P, ...), or with `outputs` (*out, P).
 
     In the argument that `together` names, where it is given, a sample's outputs meet.
