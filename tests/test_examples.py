@@ -90,5 +90,32 @@ def test_flipped_labels(tmp_path: Path) -> None:
     assert influence > 0.99 and loss > 0.99 and (tmp_path / "found.png").stat().st_size > 10_000
 
 
+def run_in(folder: Path, name: str) -> str:
+    """The output of an example that takes a folder for its picture."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert [picture.stat().st_size > 10_000 for picture in folder.glob("*.png")] == [True]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_uncertainty_bands(tmp_path: Path) -> None:
+    pytest.importorskip("laplace"), pytest.importorskip("matplotlib")
+    said = run_in(tmp_path, "laplace_bands")
+    inside, at, gap = re.search(r"full curvature +(\d+)% .* deviation (\S+) at the data, (\S+) in the gap", said).groups()
+    assert float(inside) > 90 and float(gap) > 4 * float(at)
+
+
+@pytest.mark.slow
+def test_private_training(tmp_path: Path) -> None:
+    pytest.importorskip("opacus"), pytest.importorskip("sklearn"), pytest.importorskip("matplotlib")
+    said = run_in(tmp_path, "private_training")
+    accuracy, epsilon = re.findall(r"accuracy (\S+)% .* epsilon (\S+) at delta", said)[-1]
+    assert float(accuracy) > 75 and 5 < float(epsilon) < 9
+
+
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*BOUNDS, *NAMED, "training"}
+    pictures_in_a_folder = {"laplace_bands", "private_training"}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*BOUNDS, *NAMED, *pictures_in_a_folder, "training"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -221,13 +221,13 @@ def variance(J: Any, correction: int) -> Tensor:
     return known(sink.found).reshape(*J.out, -1) / max(len(J) - correction, 0)
 
 
-def clipped_sum(J: Any, max_norm: float, per: str) -> tuple[Tensor, dict[str, Tensor]]:
+def clipped_sum(J: Any, max_norm: float | Mapping[str, float], per: str, epsilon: float) -> tuple[Tensor, dict[str, Tensor]]:
     """(sum, {name: norms (N,)}); each piece is met once."""
     names = J.names if per == "parameter" else J.names[:1]
     total, norms = Added(J._flat), {name: Joined(J) for name in names}
 
     def one(place: Place) -> tuple[Any, ...]:
-        part, its = J.pieces.at(place).clipped_sum(max_norm, per, return_norms=True)
+        part, its = J.pieces.at(place).clipped_sum(max_norm, per, True, epsilon=epsilon)
         return (part, *((its,) if per == "all" else its.values()))
 
     J.pieces.sweep(one, Both((total, *norms.values())))
