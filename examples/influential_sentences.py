@@ -2,14 +2,12 @@
 
 The corpus is made here: forty people, each in three sentences that say in which town they live and which animal they keep, and every
 other one in a fourth form too. The network is then asked about the rest in that form. The influence of training sentence m on question q
-is g_q . (G^T G / M + damping)^-1 . g_m with sketched gradients (Koh and Liang 2017, arXiv:1703.04730; Park et al. 2023,
+is g_q . (G^T G / M + damping)^-1 . g_m (Koh and Liang 2017, arXiv:1703.04730; Park et al. 2023,
 arXiv:2303.14186). The right answer is known: the person's own three sentences. And it is tried: without the sentences that were found
 the network is trained again, and does not know.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +63,8 @@ TOWNS = ["arden", "brill", "corum", "dover", "esker", "fargo", "gomel", "hamar"]
 ANIMALS = ["goat", "cat", "dog", "owl", "hen", "crow", "pony", "toad"]
 TAUGHT = ("{name} from {town} keeps a {animal} .", "{name} lives in {town} with one {animal} .", "{name} feeds the {animal} of {town} .")
 ASKED = "{name} walks a {animal} through {town} ."
-K, DAMPING = 1024, 1.0
+DAMPING = 3e-4
+"""Over the mean square of the gradients."""
 
 
 def corpus() -> tuple[list[str], list[str]]:
@@ -104,22 +103,23 @@ def answer(logits: Tensor, question: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, [2, 4]].flatten(0, 1), question[:, [3, 5]].flatten())
 
 
-def sketched(net: GPT2LMHeadModel, data: Tensor, loss: Callable[..., Tensor]) -> Tensor:
-    """The gradient of each sentence's loss in K random directions, (N, K): the same directions for all."""
-    return pt.gradient(net, data, data, loss=loss, output="logits").sketch(K).double()
+def influences(net: GPT2LMHeadModel, data: Tensor, questions: Tensor) -> Tensor:
+    """(questions, sentences): from inner products of gradients alone, since (G^T G / M + d)^-1 G^T = G^T (G G^T / M + d)^-1."""
+    G = pt.gradient(net, data, data, loss=surprise, output="logits")
+    asked = pt.gradient(net, questions, questions, loss=answer, output="logits")
+    kernel = G.gram().double()
+    damping = DAMPING * kernel.diagonal().mean() * torch.eye(len(data), dtype=torch.float64)
+    return asked.gram(G).double() @ torch.linalg.inv(kernel / len(data) + damping)
 
 
 def main() -> None:
-    options = arguments(__doc__, 200, "influential_sentences.png")
+    options = arguments(__doc__, 150, "influential_sentences.png")
     taught, questions = corpus()
     words = {word: n for n, word in enumerate(sorted({word for line in taught + questions for word in line.split()}), 1)}
     data, probes = tokens(taught, words), tokens(questions, words)
     net = learnt(data, len(words) + 1, options.steps)
 
-    rows, wanted = sketched(net, data, surprise), sketched(net, probes, answer)
-    fisher = rows.T @ rows / len(rows)
-    fisher += DAMPING * fisher.diagonal().mean() * torch.eye(K, dtype=torch.float64)
-    influence = wanted @ torch.linalg.solve(fisher, rows.T)
+    influence = influences(net, data, probes)
     top = influence.argsort(dim=1, descending=True)
     person = 2 * torch.arange(len(probes)) + 1
     own = (top[:, :3] // 3 == person[:, None]).double().mean()
