@@ -149,12 +149,15 @@ def draw(path: str, influence: Tensor, surprises: list[float]) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2.4, 1), layout="constrained")
-    scale = float(influence.abs().quantile(0.995))
-    shown = left.imshow(influence, aspect="auto", cmap="RdBu_r", vmin=-scale, vmax=scale, interpolation="nearest")
-    left.set(xlabel="training sentence: three of each person, then the fourth form", ylabel="person asked about", title="influence")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(2.1, 1), layout="constrained")
+    shown = left.imshow(influence / influence.abs().amax(1, True), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    left.set(
+        xlabel="training sentence: three of each person, then the fourth form",
+        ylabel="person asked about",
+        title="influence, over the largest of its row",
+    )
     figure.colorbar(shown, ax=left)
-    right.bar(["as trained", "without\nthose found", "without\nas many others"], surprises)
+    right.bar(["as trained", "without\nthose found", "without as\nmany others"], surprises)
     right.set_title("surprise at town and animal")
     figure.savefig(path, dpi=120)
     plt.close(figure)
