@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 from ._budget import solve
 from ._compare import Comparison, compare_methods
@@ -17,6 +17,29 @@ from ._run import plan
 from ._typing import Function
 from .checks import Report, inspect
 from .checks.first import POLICIES
+
+
+@overload
+def jacobian(
+    f: Function,
+    *inputs: Any,
+    params: Any = None,
+    wrt: None = None,
+    in_dims: Any = 0,
+    batched: bool = True,
+    output: Any = None,
+    method: str = "auto",
+    check: str = "first",
+    max_memory: int | str | None = None,
+    create_graph: bool = False,
+    randomness: str = "error",
+    kwargs: Mapping[str, Any] | None = None,
+    **input_kwargs: Any,
+) -> Jacobian: ...
+
+
+@overload
+def jacobian(f: Function, *inputs: Any, wrt: Any, **options: Any) -> Any: ...
 
 
 def jacobian(
@@ -98,6 +121,30 @@ def jacobian(
         budget=parse_bytes(max_memory),
     )
     return _solve(problem, method, check)
+
+
+@overload
+def gradient(
+    f: Function,
+    *inputs: Any,
+    loss: Callable[..., Any] | None = None,
+    params: Any = None,
+    wrt: None = None,
+    in_dims: Any = 0,
+    batched: bool = True,
+    output: Any = None,
+    method: str = "auto",
+    check: str = "first",
+    max_memory: int | str | None = None,
+    create_graph: bool = False,
+    randomness: str = "error",
+    kwargs: Mapping[str, Any] | None = None,
+    **input_kwargs: Any,
+) -> Jacobian: ...
+
+
+@overload
+def gradient(f: Function, *inputs: Any, wrt: Any, **options: Any) -> Any: ...
 
 
 def gradient(
