@@ -191,6 +191,7 @@ def _left_of_limit() -> int | None:
         return None
 
 
+@functools.cache
 def _cpu() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
