@@ -21,7 +21,10 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Versions, processor and threads: what a time depends on."""
+    from . import __version__
+
     machine: dict[str, Any] = {
+        "partials": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -40,6 +43,7 @@ def sentence(machine: dict[str, Any]) -> str:
     words = [
         machine.get("gpu"),
         f"{machine['cpu']}, {threads}",
+        f"partials {machine['partials']}" if "partials" in machine else "",
         f"torch {machine['torch']}",
         f"Python {machine['python']}",
         machine["system"],
@@ -195,6 +199,7 @@ def _left_of_limit() -> int | None:
         return None
 
 
+@functools.cache
 def _cpu() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

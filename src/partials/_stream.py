@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -30,6 +30,18 @@ REDUCED: dict[str, Callable[..., Tensor]] = {
     "clipped_sum": lambda J, most: J.clipped_sum(most),
 }
 """Quantities that add up over batches."""
+
+
+@overload
+def stream(f: Function, batches: Iterable[Any], what: str, to: str | Path, **options: Any) -> Store: ...
+
+
+@overload
+def stream(f: Function, batches: Iterable[Any], what: str = "jacobian", *, to: str | Path, **options: Any) -> Store: ...
+
+
+@overload
+def stream(f: Function, batches: Iterable[Any], what: str = "jacobian", to: None = None, **options: Any) -> Any: ...
 
 
 def stream(

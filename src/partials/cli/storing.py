@@ -167,7 +167,7 @@ def job_of(asked: Asked, out: str, what: str, weights: str | None, block: int | 
     if weights is not None:
         _load(f, Path(weights))
     specs = [*asked.data, asked.target] if asked.target is not None else asked.data
-    options: dict[str, Any] = {"params": params, "wrt": asked.wrt or None, "output": prepare._output(asked.output)}
+    options: dict[str, Any] = {"params": params, "wrt": asked.wrt or None, "output": prepare.output_of(asked)}
     options |= {"max_memory": asked.max_memory, "randomness": asked.randomness}
     if asked.in_dims is not None:
         options["in_dims"] = prepare.in_dims(asked.in_dims)
@@ -175,7 +175,7 @@ def job_of(asked: Asked, out: str, what: str, weights: str | None, block: int | 
     def rows(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         if loss is None:
             return pt.jacobian(f, *inputs[0], kwargs=inputs[1], **options)
-        return pt.gradient(f, *inputs[0], loss=loss, kwargs=inputs[1], **options)
+        return pt.gradient(f, *inputs[0], loss=loss, kwargs=prepare.with_labels(asked, inputs[1]), **options)
 
     def drawing(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         """What is drawn depends on the inputs alone, not on who computes them, or when."""

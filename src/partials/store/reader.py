@@ -309,5 +309,11 @@ def open_store(path: str | Path) -> Store:
     ------
     StoreError
         where there is none, or its metadata or journals are damaged.
+
+    >>> import tempfile, torch, partials as pt
+    >>> path = tempfile.mkdtemp() + "/norms"
+    >>> written = pt.stream(torch.nn.Linear(3, 2), torch.randn(10, 3).split(4), "norms", to=path)
+    >>> pt.open(path).shape, pt.open(path).complete
+    ((10, 2), True)
     """
     return Store(path)

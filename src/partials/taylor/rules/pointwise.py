@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .. import series
+from ..composition import Series
 from ..jets import Jet, NoRule, compose, minus
-from ..kernels import Series
 from ..table import enter, jet_rule
 
 _SMOOTH: dict[str, Series] = {
@@ -59,13 +58,13 @@ def softplus(f: Jet, beta: float = 1, threshold: float = 20) -> Jet:
 
 
 @jet_rule(F.silu)
-def silu(f: Jet, inplace: bool = False) -> Jet:
-    return compose(series.silu, _kept(f, inplace))
+def silu(f: Jet) -> Jet:
+    return compose(series.silu, f)
 
 
 @jet_rule(F.mish)
-def mish(f: Jet, inplace: bool = False) -> Jet:
-    return compose(series.mish, _kept(f, inplace))
+def mish(f: Jet) -> Jet:
+    return compose(series.mish, f)
 
 
 @jet_rule(F.gelu)
@@ -74,27 +73,20 @@ def gelu(f: Jet, approximate: str = "none") -> Jet:
 
 
 @jet_rule(F.elu)
-def elu(f: Jet, alpha: float = 1.0, inplace: bool = False) -> Jet:
-    return compose(series.elu(alpha), _kept(f, inplace))
+def elu(f: Jet, alpha: float = 1.0) -> Jet:
+    return compose(series.elu(alpha), f)
 
 
 @jet_rule(F.selu, torch.selu)
-def selu(f: Jet, inplace: bool = False) -> Jet:
-    return compose(series.elu(series.SELU_ALPHA, series.SELU_SCALE), _kept(f, inplace))
+def selu(f: Jet) -> Jet:
+    return compose(series.elu(series.SELU_ALPHA, series.SELU_SCALE), f)
 
 
 @jet_rule(F.celu, torch.celu)
-def celu(f: Jet, alpha: float = 1.0, inplace: bool = False) -> Jet:
-    return compose(series.elu(alpha, 1.0, 1 / alpha), _kept(f, inplace))
+def celu(f: Jet, alpha: float = 1.0) -> Jet:
+    return compose(series.elu(alpha, 1.0, 1 / alpha), f)
 
 
 @jet_rule(F.hardswish)
-def hardswish(f: Jet, inplace: bool = False) -> Jet:
-    return compose(series.hardswish, _kept(f, inplace))
-
-
-def _kept(f: Jet, inplace: Any) -> Jet:
-    """An activation that overwrites its input leaves that input's jet behind: only where nothing else can read it is that no matter."""
-    if inplace:
-        raise NoRule("an activation with inplace=True")
-    return f
+def hardswish(f: Jet) -> Jet:
+    return compose(series.hardswish, f)

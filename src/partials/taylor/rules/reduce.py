@@ -11,7 +11,7 @@ import torch
 from ..jets import Jet, NoRule, compose, linear, minus, plus, scaled, times
 from ..series import exp, log, power
 from ..table import jet_rule
-from .structure import behind
+from .structure import behind, copied
 
 
 def dims_of(f: Jet, dim: Any) -> tuple[int, ...]:
@@ -24,13 +24,13 @@ def dims_of(f: Jet, dim: Any) -> tuple[int, ...]:
 
 def total(f: Jet, dim: Any = None, keepdim: bool = False) -> Jet:
     dims = dims_of(f, dim)
-    return linear(f, lambda t: t.sum(dims, keepdim)) if dims and f.ndim else f
+    return linear(f, lambda t: t.sum(dims, keepdim)) if dims and f.ndim else copied(f)
 
 
 @jet_rule("sum")
 def sum_(f: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Jet:
-    made = total(f, dim if axis is None else axis, keepdim)
-    return made if dtype is None else linear(made, lambda t: t.to(dtype))
+    summands = f if dtype is None else linear(f, lambda t: t.to(dtype))
+    return total(summands, dim if axis is None else axis, keepdim)
 
 
 @jet_rule("mean")
@@ -75,7 +75,7 @@ def prod(f: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -
 
 @jet_rule("norm", "vector_norm")
 def norm(f: Jet, p: Any = None, dim: Any = None, keepdim: bool = False, dtype: Any = None, **kwargs: Any) -> Jet:
-    """At the zero vector the norm has no derivatives: NaN or infinity, as in reverse mode from the second order on."""
+    """At the zero vector first derivatives are torch's choice, zero; of higher ones there are none: NaN, as in reverse mode."""
     p = kwargs.get("ord", p)
     p = 2 if p is None or p == "fro" else p
     if p not in (1, 2) or dtype is not None or f.anything.is_complex() or kwargs.keys() - {"ord"}:
@@ -83,7 +83,10 @@ def norm(f: Jet, p: Any = None, dim: Any = None, keepdim: bool = False, dtype: A
     if p == 1:
         sign = torch.sign(f.bare())
         return total(linear(f, lambda t: t * sign), dim, keepdim)
-    return compose(power(0.5), total(times(f, f), dim, keepdim))
+    made = compose(power(0.5), total(times(f, f), dim, keepdim))
+    value, rest = made.parts
+    first = torch.tensor([term.order == 1 for term in f.frame.slots[1:]], device=value.device).reshape(-1, *(1,) * value.ndim)
+    return Jet(f.frame, parts=(value, torch.where(first & (value == 0), 0, rest)))
 
 
 @jet_rule("logsumexp")

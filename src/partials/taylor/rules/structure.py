@@ -181,35 +181,41 @@ def squeeze(f: Jet, dim: Any = None) -> Jet:
 def transposed(f: Jet) -> Jet:
     if f.anything.is_complex():
         raise NoRule("a transpose of complex numbers")
-    return alias(f, linear(f, lambda t: t.mT)) if f.ndim > 1 else f
+    return alias(f, linear(f, lambda t: t.mT)) if f.ndim > 1 else same(f)
 
 
-@jet_rule("contiguous", "clone", "positive", "__pos__", "alias", "resolve_conj", "resolve_neg")
+@jet_rule("contiguous", "positive", "__pos__", "alias", "resolve_conj", "resolve_neg")
 def same(f: Jet, **memory_format: Any) -> Jet:
+    """Perhaps the tensor itself."""
+    return alias(f, copied(f))
+
+
+@jet_rule("clone")
+def copied(f: Jet, **memory_format: Any) -> Jet:
     return Jet(f.frame, f.stack) if f.whole else Jet(f.frame, parts=f.parts)
 
 
 @jet_rule("to", "type", "type_as", "cpu", "cuda")
 def to(f: Jet, *args: Any, **kwargs: Any) -> Jet:
-    """Another dtype or device."""
+    """Another dtype or device; the tensor itself where it has those already."""
     plain = [arg.anything if isinstance(arg, Jet) else arg for arg in args]
     like: Any = f.anything.new_empty(0)
     like = like.to(*plain, **kwargs)
-    return linear(f, lambda t: t.to(like.device, like.dtype))
+    return alias(f, linear(f, lambda t: t.to(like.device, like.dtype)))
 
 
 for _name, _dtype in {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}.items():
-    enter(lambda f, _dtype=_dtype: linear(f, lambda t: t.to(_dtype)), getattr(torch.Tensor, _name))
+    enter(lambda f, _dtype=_dtype: to(f, _dtype), getattr(torch.Tensor, _name))
 
 
 @jet_rule("real", torch.Tensor.real.__get__)  # type: ignore[attr-defined]
 def real(f: Jet) -> Jet:
-    return linear(f, torch.real)
+    return alias(f, linear(f, torch.real)) if f.anything.is_complex() else same(f)
 
 
 @jet_rule("imag", torch.Tensor.imag.__get__)  # type: ignore[attr-defined]
 def imag(f: Jet) -> Jet:
-    return linear(f, torch.imag)
+    return alias(f, linear(f, torch.imag))
 
 
 @jet_rule("view_as_real", "view_as_complex", "conj")
@@ -220,7 +226,8 @@ def unsupported(*args: Any, **kwargs: Any) -> Jet:
 @jet_rule("cat", "concat", "concatenate")
 def cat(tensors: Sequence[Any], dim: int = 0, **axis: int) -> Jet:
     ndim = next(t.ndim for t in tensors if isinstance(t, Jet))
-    return join(tensors, lambda stacks: torch.cat(list(stacks), behind(axis.get("axis", dim), ndim)))
+    along = behind(axis.get("axis", dim), ndim)
+    return join(tensors, lambda stacks: torch.cat(list(stacks), along), along - 1)
 
 
 @jet_rule("stack")
@@ -321,10 +328,17 @@ def interpolate(f: Jet, *args: Any, **kwargs: Any) -> Jet:
     return batchwise(f, lambda t: F.interpolate(t, *args, **kwargs), f.ndim)
 
 
-@jet_rule(F.dropout, F.alpha_dropout)
-def dropout(f: Jet, p: float = 0.5, training: bool = True, inplace: bool = False) -> Jet:
+@jet_rule(F.dropout)
+def dropout(f: Jet, p: float = 0.5, training: bool = True) -> Jet:
     """One mask for all slots, drawn as for the value."""
     if not training or not p:
-        return f
+        return same(f)
     mask = F.dropout(torch.ones_like(f.value), p)
     return linear(f, lambda t: t * mask)
+
+
+@jet_rule(F.alpha_dropout, F.feature_alpha_dropout, torch.feature_dropout)
+def other_dropout(f: Jet, p: float = 0.5, training: bool = False, train: bool = False) -> Jet:
+    if training or train:
+        raise NoRule("dropout by channels, or with alpha")
+    return same(f)
