@@ -19,8 +19,8 @@ from partials.store.produce import BUFFERS
 if TYPE_CHECKING:
     from partials.distribute.job import Job
 
-FIRST, LONG = 8, 0.5
-"""Samples that are timed first; seconds that so many of them take that their time tells that of all."""
+FEW, LONG = 8, 10.0
+"""Samples that are tried at the least; seconds for which more are, told from one sample."""
 DISK, PROBE, MUCH = 1e9, 2**24, 2**26
 """Bytes a second that a disk is taken to write where it cannot be tried; bytes that are tried; bytes of results for which it is."""
 
@@ -28,15 +28,14 @@ DISK, PROBE, MUCH = 1e9, 2**24, 2**26
 def outlook(job: Job, as_json: bool) -> str:
     """Method, blocks, bytes, memory and time of the whole run by one worker."""
     most = min(job.together, job.block, job.data.length)
-    part = min(FIRST, most)
-    _, seconds, _ = _tried(job, part)  # (the first call of a size probes and checks)
-    while part < most and seconds < LONG:
-        part = min(most, 8 * part)
-        _, seconds, _ = _tried(job, part)
+    _, alone, _ = _tried(job, 1)
+    part = min(most, max(FEW, int(LONG / max(alone, 1e-6))))
+    _, first, checking = _tried(job, part)  # (the first call of many samples finds where they lie, and checks)
     method, seconds, growth = _tried(job, part)
+    growth = max(growth, checking)
     size = job.bytes()
     disk = _disk(job.path) if size > MUCH else DISK
-    total = max(_seconds(job, seconds, part), size / disk)
+    total = max(max(first - seconds, 0.0) + _seconds(job, seconds, part), size / disk)
     written = sum(a.row_bytes * (1 if a.name == "parts" else job.block) for a in job.arrays)
     kept = BUFFERS * written if job.work.kind == "jacobian" else 2 * written
     memory = resident() + growth * most // part + kept
