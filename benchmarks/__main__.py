@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import CASES
-from benchmarks.measure import LINE, measure
+from benchmarks.measure import LINE, OVERHEAD, measure
 from benchmarks.report import page, printed, table
 from partials._machine import describe, sentence
 
 ROOT = Path(__file__).parents[1]
+NAMES = [LINE, OVERHEAD, *CASES]
 PACKAGES = ("torch", "opacus", "backpack-for-pytorch", "torchjd", "curvlinops-for-pytorch")
 
 
@@ -29,13 +30,13 @@ def main() -> None:
     machine = sentence(describe(torch.device("cpu")))
     print(machine)
     figures = json.loads(options.json.read_text()) if options.json.exists() and not options.quick else {}
-    for name in [LINE, *CASES]:
+    for name in NAMES:
         if any(word in name for word in options.case):
             figures[name] = measure(name, quick=options.quick)
             print(printed(name, figures[name]), flush=True)
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(figures))
-    figures = {name: figures[name] for name in [LINE, *CASES] if name in figures}
+    figures = {name: figures[name] for name in NAMES if name in figures}
     print(f"\n{table(figures)}")
     if options.write:
         (ROOT / "docs" / "benchmarks.md").write_text(page(figures, machine, versions()))
