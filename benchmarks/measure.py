@@ -62,7 +62,7 @@ def measure(name: str, *, quick: bool) -> dict[str, Any]:
         out = torch.empty(J.shape)
         candidates = {"factors": made.factors, "fill": lambda: out.zero_(), "dense(out=)": lambda: made.factors().dense(out=out)}
         times["into out="] = taken(candidates, turns, seconds)
-    return {"times": times, "refused": refused, "memory": {} if quick or not task.dense else _memory(name, times.get("rows", {}))}
+    return {"times": times, "refused": refused, "memory": {}}
 
 
 def _quantities(name: str, made: Made, J: Any) -> dict[str, Callable[[], Any]]:
@@ -143,7 +143,7 @@ KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_T
 """glibc keeps what it was given: the second call writes into memory that is there already."""
 
 
-def _memory(name: str, rows: Times) -> dict[str, Any]:
+def memory(name: str, rows: Times) -> dict[str, Any]:
     """Peak growth of each candidate, and each peer's time once more with an allocator that keeps its memory."""
     found: dict[str, Any] = {}
     for candidate in ["factors", *(peer for peer in rows if peer != ONE_STEP)]:
