@@ -25,6 +25,8 @@ from .rules import embedding
 UNBATCHED = frozenset({torch.native_group_norm})
 """torch 2.13: vmap of the backward of its second and third output is wrong, with no error (F.group_norm has only the first)."""
 
+UNVECTORISED = frozenset({torch.cdist, torch.lu_solve, torch.Tensor.lu_solve, torch.linalg.lu_solve})
+"""torch 2.13: vmap of their vjp is wrong, with no error: `cdist` where batch dimensions broadcast, `lu_solve` within another vmap."""
 
 STATISTICS = frozenset({F.layer_norm, torch.layer_norm, F.instance_norm, torch.instance_norm})
 """torch 2.13: their third derivative is wrong, with no error; under a transform the second one is."""
@@ -152,7 +154,7 @@ class _Counter(TorchFunctionMode):
         if func in STATISTICS:
             self.normalises = True
             self.differentiates |= transform_of(args[0] if args else kwargs["input"]) != ""
-        if func in UNBATCHED:
+        if func in UNBATCHED or func in UNVECTORISED:
             self.unbatched[func.__name__] = None
         if func is F.embedding and (kwargs.get("padding_idx") is not None or (len(args) > 2 and args[2] is not None)):
             self.unsafe["embedding with padding_idx"] = None

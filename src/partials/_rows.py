@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
 
@@ -76,6 +76,12 @@ class AbstractJacobian(ABC):
     def __len__(self) -> int:
         """The number of samples."""
         return int(self.values.shape[0]) if self.batched else 1
+
+    @overload
+    def __getitem__(self, key: str) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, key: Any) -> Self: ...
 
     def __getitem__(self, key: Any) -> Any:
         """`J[name]`: the dense rows of one parameter, (N, *out, *shape). `J[index]`: the Jacobian of the chosen samples."""
