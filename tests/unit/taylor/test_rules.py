@@ -308,3 +308,11 @@ def test_a_planted_error_in_a_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(CheckError, match="disagree"):
         laplacian(lambda X: torch.tanh(X[..., 0] * X[..., 1]), method="taylor")(points)
     laplacian(lambda X: torch.tanh(X[..., 0] * X[..., 1]) + 0, method="taylor", check="never")(points)
+
+
+@pytest.mark.parametrize("order", [2, 4])
+def test_a_derivative_that_is_rounding_alone_is_no_disagreement(order: int) -> None:
+    at = derivatives(lambda x: torch.sin(30 * x) ** 2 + torch.cos(30 * x) ** 2, "x" * order, method="taylor", check="always")
+    for n in range(5):
+        x = torch.rand(9, dtype=F64, generator=torch.Generator().manual_seed(n))
+        assert at(x)["x" * order].abs().max() < 1e-14 * 60**order
