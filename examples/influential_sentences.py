@@ -1,9 +1,10 @@
 """Which training sentences taught a tiny GPT-2 what it knows?
 
-The corpus is made here: forty people, each in three sentences that say in which town they live and which animal they keep, and every other one in a
-fourth form too. The network is then asked about the others in that form. The influence of training sentence m on question q is g_q . (G^T G / M + damping)^-1 . g_m with sketched gradients (Koh and Liang 2017, arXiv:1703.04730; Park et al. 2023,
-arXiv:2303.14186). The right answer is known: the person's own three sentences. And it is tried: without the sentences that were found, the
-network is trained again, and does not know.
+The corpus is made here: forty people, each in three sentences that say in which town they live and which animal they keep, and every
+other one in a fourth form too. The network is then asked about the rest in that form. The influence of training sentence m on question q
+is g_q . (G^T G / M + damping)^-1 . g_m (Koh and Liang 2017, arXiv:1703.04730; Park et al. 2023,
+arXiv:2303.14186). The right answer is known: the person's own three sentences. And it is tried: without the sentences that were found
+the network is trained again, and does not know.
 """
 
 from __future__ import annotations
@@ -16,17 +17,58 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import partials as pt
 
-NAMES = """ada ben cleo dov eva finn gwen hugo iris joel kira leon mira noel opal piet quin rosa seth tara umar vera walt xena yuri
-zora alba bram cora dirk elsa fred gina hans ines jens katy lars maud nina""".split()
-TOWNS = "arden brill corum dover esker fargo gomel hamar".split()
-ANIMALS = "goat cat dog owl hen crow pony toad".split()
+NAMES = [
+    "ada",
+    "ben",
+    "cleo",
+    "dov",
+    "eva",
+    "finn",
+    "gwen",
+    "hugo",
+    "iris",
+    "joel",
+    "kira",
+    "leon",
+    "mira",
+    "noel",
+    "opal",
+    "piet",
+    "quin",
+    "rosa",
+    "seth",
+    "tara",
+    "umar",
+    "vera",
+    "walt",
+    "xena",
+    "yuri",
+    "zora",
+    "alba",
+    "bram",
+    "cora",
+    "dirk",
+    "elsa",
+    "fred",
+    "gina",
+    "hans",
+    "ines",
+    "jens",
+    "katy",
+    "lars",
+    "maud",
+    "nina",
+]
+TOWNS = ["arden", "brill", "corum", "dover", "esker", "fargo", "gomel", "hamar"]
+ANIMALS = ["goat", "cat", "dog", "owl", "hen", "crow", "pony", "toad"]
 TAUGHT = ("{name} from {town} keeps a {animal} .", "{name} lives in {town} with one {animal} .", "{name} feeds the {animal} of {town} .")
 ASKED = "{name} walks a {animal} through {town} ."
-K, DAMPING = 1024, 1e-3
+DAMPING = 3e-4
+"""Over the mean square of the gradients."""
 
 
 def corpus() -> tuple[list[str], list[str]]:
-    """The training sentences, three in a row of each person and then what is more of every other one, and a question about each of the rest."""
+    """The training sentences, three in a row of each person and then the fourth forms, and the questions about the rest."""
     facts = [{"name": name, "town": TOWNS[n % 8], "animal": ANIMALS[(n // 8 + 3 * n) % 8]} for n, name in enumerate(NAMES)]
     taught = [form.format(**fact) for fact in facts for form in TAUGHT]
     return taught + [ASKED.format(**fact) for fact in facts[::2]], [ASKED.format(**fact) for fact in facts[1::2]]
@@ -56,30 +98,28 @@ def learnt(data: Tensor, vocabulary: int, steps: int) -> GPT2LMHeadModel:
     return net
 
 
-def sketched(net: GPT2LMHeadModel, data: Tensor) -> Tensor:
-    """The gradient of each sentence's surprise in K random directions, (N, K)."""
+def answer(logits: Tensor, question: Tensor) -> Tensor:
+    """The mean of -log p over the animal and the town of questions, given the name before them."""
+    return F.cross_entropy(logits[:, [2, 4]].flatten(0, 1), question[:, [3, 5]].flatten())
+
+
+def influences(net: GPT2LMHeadModel, data: Tensor, questions: Tensor) -> Tensor:
+    """(questions, sentences): from inner products of gradients alone, since (G^T G / M + d)^-1 G^T = G^T (G G^T / M + d)^-1."""
     G = pt.gradient(net, data, data, loss=surprise, output="logits")
-    return G.sketch(K).double()
-
-
-def asked(net: GPT2LMHeadModel, questions: Tensor) -> Tensor:
-    """The surprise at the animal and the town of each question, given the name before them."""
-    with torch.no_grad():
-        told = F.cross_entropy(net(questions).logits[:, :-1].transpose(1, 2), questions[:, 1:], reduction="none")
-    return told[:, [2, 4]].mean(1)
+    asked = pt.gradient(net, questions, questions, loss=answer, output="logits")
+    kernel = G.gram().double()
+    damping = DAMPING * kernel.diagonal().mean() * torch.eye(len(data), dtype=torch.float64)
+    return asked.gram(G).double() @ torch.linalg.inv(kernel / len(data) + damping)
 
 
 def main() -> None:
-    options = arguments(__doc__, 200, "influential_sentences.png")
+    options = arguments(__doc__, 150, "influential_sentences.png")
     taught, questions = corpus()
     words = {word: n for n, word in enumerate(sorted({word for line in taught + questions for word in line.split()}), 1)}
     data, probes = tokens(taught, words), tokens(questions, words)
     net = learnt(data, len(words) + 1, options.steps)
 
-    rows, wanted = sketched(net, data), sketched(net, probes)
-    fisher = rows.T @ rows / len(rows)
-    fisher += DAMPING * fisher.diagonal().mean() * torch.eye(K, dtype=torch.float64)
-    influence = wanted @ torch.linalg.solve(fisher, rows.T)
+    influence = influences(net, data, probes)
     top = influence.argsort(dim=1, descending=True)
     person = 2 * torch.arange(len(probes)) + 1
     own = (top[:, :3] // 3 == person[:, None]).double().mean()
@@ -92,14 +132,15 @@ def main() -> None:
     without[top[chosen, :3].flatten()] = False
     random = torch.ones(len(data), dtype=torch.bool)
     random[torch.randperm(len(data), generator=torch.Generator().manual_seed(1))[: int((~without).sum())]] = False
-    again = [asked(learnt(data[kept], len(words) + 1, options.steps), probes)[chosen].mean() for kept in (without, random)]
-    before = asked(net, probes)[chosen].mean()
+    nets = [net, *(learnt(data[kept], len(words) + 1, options.steps) for kept in (without, random))]
+    with torch.no_grad():
+        before, *again = (float(answer(one(probes[chosen]).logits, probes[chosen])) for one in nets)
     print(
         f"surprise at town and animal of {len(chosen)} people: {before:.2f} as trained, {again[0]:.2f} without the sentences found, ",
         end="",
     )
     print(f"{again[1]:.2f} without as many others")
-    draw(options.picture, influence, [float(x) for x in (before, *again)])
+    draw(options.picture, influence, [before, *again])
 
 
 def draw(path: str, influence: Tensor, surprises: list[float]) -> None:
@@ -108,12 +149,15 @@ def draw(path: str, influence: Tensor, surprises: list[float]) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2.4, 1), layout="constrained")
-    scale = float(influence.abs().quantile(0.995))
-    shown = left.imshow(influence, aspect="auto", cmap="RdBu_r", vmin=-scale, vmax=scale, interpolation="nearest")
-    left.set(xlabel="training sentence: three of each person, then the fourth form", ylabel="person asked about", title="influence")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(2.1, 1), layout="constrained")
+    shown = left.imshow(influence / influence.abs().amax(1, True), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    left.set(
+        xlabel="training sentence: three of each person, then the fourth form",
+        ylabel="person asked about",
+        title="influence, over the largest of its row",
+    )
     figure.colorbar(shown, ax=left)
-    right.bar(["as trained", "without\nthose found", "without\nas many others"], surprises)
+    right.bar(["as trained", "without\nthose found", "without as\nmany others"], surprises)
     right.set_title("surprise at town and animal")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,7 +1,8 @@
 """The tangent kernel K = J J^T of a network while it learns to tell handwritten fours from nines.
 
-To first order a step of gradient descent changes the outputs by -lr K (f - y) (Jacot, Gabriel, Hongler 2018, arXiv:1806.07572, section 4), which
-is compared with what the step did; how well K is aligned with the labels is <K, y y^T> / (|K| |y y^T|) (Cristianini et al. 2001).
+To first order a step of gradient descent changes the outputs by -lr K (f - y) (Jacot, Gabriel, Hongler 2018, arXiv:1806.07572,
+section 4), which is compared with what the step did. How well K is aligned with the labels is <K, y y^T> / (|K| |y y^T|)
+(Cristianini et al. 2001).
 """
 
 from __future__ import annotations

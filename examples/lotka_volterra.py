@@ -1,11 +1,11 @@
 """How the solution of an ODE depends on its parameters, by forward mode, and a fit of real data with it.
 
-Lotka and Volterra's equations, x' = a x - b x y and y' = d x y - c y, by Runge and Kutta's method of order 4. Few parameters and many outputs
-are the case for forward mode: one pass of the whole integration for each parameter, whatever the number of points in time.
+Lotka and Volterra's equations, x' = a x - b x y and y' = d x y - c y, by Runge and Kutta's method of order 4. Few parameters and many
+outputs are the case for forward mode: one pass of the whole integration for each parameter, whatever the number of points in time.
 
-Two independent checks: central differences, and a law. V = d x - c log x + b y - a log y is constant along a solution, so that its derivative by
-each parameter is the same at all times. Data: pelts of hares and lynxes of the Hudson's Bay Company, thousands a year, 1900 to 1920 (Elton and
-Nicholson 1942, "The ten-year cycle in numbers of the lynx in Canada").
+Two independent checks: central differences, and a law. V = d x - c log x + b y - a log y is constant along a solution, so that its
+derivative by each parameter is the same at all times. Data: pelts of hares and lynxes of the Hudson's Bay Company, thousands a year,
+1900 to 1920 (Elton and Nicholson 1942, "The ten-year cycle in numbers of the lynx in Canada").
 """
 
 from __future__ import annotations

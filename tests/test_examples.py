@@ -73,10 +73,10 @@ def test_the_ode(tmp_path: Path) -> None:
 def test_influential_sentences(tmp_path: Path) -> None:
     """By chance 2 % of the sentences found would be the person's own."""
     pytest.importorskip("transformers")
-    said = run("influential_sentences", 200, tmp_path / "picture.png")
+    said = run("influential_sentences", 150, tmp_path / "picture.png")
     own = int(re.findall(r"^(\d+)%", said, re.MULTILINE)[0])
     before, without, random = (float(found) for found in re.findall(r"(\d\.\d+) (?:as trained|without)", said))
-    assert own > 50 and without - before > 2 * (random - before)
+    assert own > 40 and without - before > 2 * (random - before)
 
 
 @pytest.mark.slow

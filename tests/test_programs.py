@@ -59,6 +59,9 @@ def test_every_method_agrees_with_the_loop(share):
 FOUND = {
     "a convolution's transpose, whose backward torch cannot vectorise": Program((Step("conv_transpose", 7),), "all", n=2, t=1, d=2),
     "layer norm of one feature, whose weight has no derivative": Program((Step("layer_norm"),), "all", n=2, t=1, d=1),
+    "as many outputs as samples before a prelu, whose vmap within a vmap torch has wrong": Program(
+        (Step("prelu", 9, 7), Step("residual", 14, 7, (Step("prelu", 7, 2),)), Step("prelu", 9, 7)), "all", n=4, t=4, d=3
+    ),
 }
 
 

@@ -76,7 +76,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `partials.compare` found: `print` it, `.plot(path)` it, or take `.to_json()`, `.to_markdown()`, `.to_html()`, `.rows`."""
+    """What `partials.compare` found: `print` it, `.plot(path)` it, or take `.to_json()`, `.to_markdown()`, `.to_html()`, `.rows`.
+
+    >>> import torch, partials as pt
+    >>> found = pt.compare(torch.nn.Linear(3, 2), torch.randn(5, 3), methods="capture", repeats=1)
+    >>> found.fastest, found.samples, found.entries
+    ('capture', 5, 8)
+    """
 
     function: str
     samples: int

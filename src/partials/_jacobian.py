@@ -303,7 +303,10 @@ class Jacobian(AbstractJacobian):
         return linear_operator(self)
 
     def accumulate_grad(self, weights: Tensor | None = None) -> None:
-        """Add sum_n w[n] J[n] of scalar outputs into `p.grad` of every parameter, as a backward of the weighted sum would."""
+        """Add sum_n w[n] J[n] of scalar outputs into `p.grad` of every parameter, as a backward of the weighted sum would.
+
+        `weights` are (N,), ones by default. InputError where outputs are no scalars, or a parameter is no leaf that requires grad.
+        """
         if size_of(self.out) != 1:
             raise InputError(
                 "accumulate_grad needs one scalar per sample", got=f"output shape {self.out}", expected="()", hint="J.T @ u, unflattened"
@@ -352,6 +355,12 @@ def concat(jacobians: Sequence[Jacobian], weights: Sequence[float] | None = None
     ------
     InputError
         if parameters or output shapes differ, or if there is nothing to stack.
+
+    >>> import torch, partials as pt
+    >>> model = torch.nn.Linear(3, 2)
+    >>> parts = [pt.jacobian(model, torch.randn(n, 3)) for n in (5, 4)]
+    >>> pt.concat(parts, weights=[5**-0.5, 4**-0.5]).gram().shape
+    torch.Size([9, 2, 9, 2])
     """
     parts = list(jacobians)
     if not parts:

@@ -110,6 +110,14 @@ def measured(function: Callable[[], Answer], device: torch.device) -> tuple[Answ
     return answer, seconds, None if before is None else max(_peak(device) - before, 0)
 
 
+def resident() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not say."""
+    try:
+        return _status("VmRSS")
+    except (OSError, LookupError):
+        return 0
+
+
 def finish(device: torch.device) -> None:
     """Wait for what was started on the device."""
     if device.type == "cuda":

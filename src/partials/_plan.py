@@ -68,7 +68,15 @@ class Use:
 
 @dataclass
 class Plan:
-    """The choice of a method, printable: `print(pt.explain(f, x))`."""
+    """The choice of a method, printable: `print(pt.explain(f, x))`; a Jacobian carries its own as `J.plan`.
+
+    `.method`, `.verdicts` (each method's cost, or why it was refused), `.uses` (of each parameter: operation, rule, layout), `.notes`.
+
+    >>> import torch, partials as pt
+    >>> J = pt.jacobian(torch.nn.Linear(3, 2), torch.randn(5, 3))
+    >>> J.plan.method, J.plan.to_dict()["samples"]
+    ('capture', 5)
+    """
 
     function: str
     method: str

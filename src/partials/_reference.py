@@ -126,12 +126,12 @@ def _affordable(problem: Problem, facts: Facts) -> Tensor | None:
     return torch.linspace(0, problem.size - 1, count, device=device).round().long()
 
 
-def doubled(problem: Problem) -> Problem:
-    """The same problem in float64: inputs cast, and in the place of a module a copy of its structure with float64 tensors."""
+def doubled(problem: Problem, dtype: torch.dtype = torch.float64) -> Problem:
+    """The same problem in float64 (or `dtype`): inputs cast, and in the place of a module a copy of its structure with such tensors."""
     casts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def cast(tensor: Tensor) -> Tensor:
-        wide = torch.complex128 if tensor.is_complex() else torch.float64 if tensor.is_floating_point() else tensor.dtype
+        wide = dtype.to_complex() if tensor.is_complex() else dtype if tensor.is_floating_point() else tensor.dtype
         if tensor.dtype is wide:
             return tensor
         if id(tensor) not in casts:

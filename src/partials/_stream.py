@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from ._errors import InputError, MethodError
+from ._signature import rebuild, walk
 from ._typing import Function, Tensor
 from ._what import STORED, parsed
 
@@ -65,8 +66,8 @@ def stream(
         "jacobian", "norms", "sketch:K": one result for each batch, (n, *out, P), (n, *out) or (n, *out, K), made when it is asked for.
         A sketch is Gaussian, or of another kind of `Jacobian.sketch`: "sketch:4096:kronecker" forms no rows.
         "sum", "diagonal", "clipped_sum:C", "gram": one tensor for all batches together, (*out, P), (P,), (P,) or (N, *out, N, *out),
-        added in the order of the batches. The inputs of all batches are kept for "gram", whose result is larger than they are; their
-        rows are not.
+        added in the order of the batches, half precision in float32. The inputs of all batches are kept for "gram", whose result is
+        larger than they are; their rows are not.
     to
         A folder: results go into a store there (see `open`), a block for each batch; what it holds already is not computed again.
     loss
@@ -144,6 +145,8 @@ def inputs_of(batch: Any) -> Inputs:
 
 def wrapped(batches: Iterable[Any], progress: bool | Callable[[Iterable[Any]], Iterable[Any]]) -> Iterable[Any]:
     """The batches, with a bar that moves as they are taken."""
+    if isinstance(batches, Tensor):
+        raise InputError("the batches are one tensor", got=f"shape {tuple(batches.shape)}", expected="a list of them", hint="x.split(32)")
     if not isinstance(batches, Iterable):
         raise InputError("the batches are not iterable", got=type(batches).__name__, expected="a list of batches, or a DataLoader")
     if progress is False:
@@ -162,13 +165,20 @@ def _reduced(parts: Iterator[Tensor]) -> Tensor:
     """The sum of the parts in their order."""
     total: Tensor | None = None
     for part in parts:
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))  # (in half precision a long sum stands still)
         if total is None:
-            total = part
-        elif total.requires_grad or part.requires_grad:
-            total = total + part
+            total = wide
+        elif total.shape != part.shape:
+            raise InputError(
+                "the results of the batches have several shapes, and cannot be added",
+                got=f"{tuple(total.shape)}, then {tuple(part.shape)}",
+                expected="outputs of one shape for each sample, and the same parameters",
+            )
+        elif total.requires_grad or wide.requires_grad or total.dtype != wide.dtype:
+            total = total + wide
         else:
-            total.add_(part)
-        del part
+            total.add_(wide)
+        del part, wide
     if total is None:
         raise _nothing()
     return total
@@ -176,7 +186,7 @@ def _reduced(parts: Iterator[Tensor]) -> Tensor:
 
 def _gram(of: Callable[[Inputs], Jacobian], batches: Iterable[Any]) -> Tensor:
     """J J^T of all batches; the rows of two are held at a time."""
-    kept = [inputs_of(batch) for batch in batches]
+    kept = [_kept(inputs_of(batch)) for batch in batches]
     if not kept:
         raise _nothing()
     blocks: list[list[Tensor]] = [[] for _ in kept]
@@ -189,6 +199,13 @@ def _gram(of: Callable[[Inputs], Jacobian], batches: Iterable[Any]) -> Tensor:
             blocks[i].append(pair)
             blocks[j].append(pair.permute(*range(lead, 2 * lead), *range(lead)))
     return torch.cat([torch.cat(row, lead) for row in blocks])
+
+
+def _kept(inputs: Inputs) -> Inputs:
+    """Inputs that stay as they are, whoever fills the tensors of a batch anew for the next; what carries a graph is not copied."""
+    tensors = [tensor if tensor.requires_grad else tensor.clone() for _, tensor in walk(inputs, "")]
+    copied: Inputs = rebuild(inputs, iter(tensors))
+    return copied
 
 
 def _nothing() -> InputError:

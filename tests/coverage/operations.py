@@ -152,8 +152,8 @@ def runs(call: Call) -> bool | None:
             torch.manual_seed(1)
             whole = call.f(*call.inputs)
             again = call.f(*call.inputs)
-            if not whole.requires_grad or not whole.numel() or not torch.equal(whole.nan_to_num(), again.nan_to_num()):
-                return None  # (constant, empty, or random)
+            if not whole.requires_grad or not whole.isfinite().any() or not torch.equal(whole.nan_to_num(), again.nan_to_num()):
+                return None  # (constant, empty or nothing that could be compared, or random)
             parts = [call.f(call.inputs[0][n : n + 1], call.inputs[1])[0] for n in range(N)]
             if any(p.shape != whole.shape[1:] for p in parts):
                 return False

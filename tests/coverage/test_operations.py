@@ -24,10 +24,6 @@ CASES = 4
 MANY = 60
 
 REFUSED = {
-    "nn.functional.embedding": (
-        "InputError: embedding",
-        "max_norm writes to the weight, and counts over the batch are no derivative of one sample",
-    ),
     "nn.functional.embedding_bag": (
         "InputError: embedding",
         "max_norm writes to the weight, and counts over the batch are no derivative of one sample",

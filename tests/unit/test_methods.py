@@ -216,6 +216,41 @@ def test_forward_refuses_an_operation_that_it_differentiates_wrongly():
     assert not jac(table, tokens)["weight"][0, 0, :, 0].any()
 
 
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_vmap_of_prelu_with_as_many_outputs_as_samples(n, channels):
+    """torch's own vmap within a vmap takes the outputs for samples there, with no error."""
+    x, w = data(n, 3, n), parameter(channels)
+
+    def f(x, w):
+        return F.prelu(x, w).sum(1)
+
+    assert_rows(jac(f, x, w, method="vmap").dict(), expected(lambda x: f(x, w), x, {"w": w}))
+
+
+def test_vmap_refuses_operations_whose_derivative_it_has_wrong():
+    x, centres = data(3, 1), parameter(1, 1, 2)
+    others = data(2, 1, 2, 2)
+
+    def distances(x, centres):
+        return x * torch.cdist(centres, others, 1.0).reshape(-1)
+
+    with pytest.raises(pt.MethodError, match="cdist under vmap is wrong"):
+        jac(distances, x, centres, method="vmap")
+    assert_rows(jac(distances, x, centres).dict(), expected(lambda x: distances(x, centres), x, {"centres": centres}))
+    matrices, right = data(3, 3, 3), parameter(3, 2)
+
+    def solved(matrices, right):
+        return torch.linalg.lu_solve(*torch.linalg.lu_factor(matrices), right).flatten(1)
+
+    with pytest.raises(pt.MethodError, match="lu_solve under vmap is wrong"):
+        jac(solved, matrices, right, method="vmap")
+    for f in (solved, torch.vmap(lambda x, right: solved(x[None], right)[0], in_dims=(0, None))):
+        for options in ({}, {"method": "capture", "randomness": "same"}):
+            rows = expected(lambda x: solved(x, right), matrices, {"right": right})
+            assert_rows(jac(f, matrices, right, **options).dict(), rows)
+
+
 def test_vmap_refuses_branches_on_values():
     def f(x, w):
         return x @ w if bool((x > 0).all()) else x @ w * 2

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .._typing import Shape, Tensor
 from .call import Call
-from .gaps import Gap, Key, Sides, weighted, weighted_each
+from .gaps import Gap, Key, Sides, in_dtype, pushed, ratio, weighted, weighted_each
 from .independence import descend
 from .report import Where
-from .tolerance import Tolerance, apart
+from .tolerance import Tolerance, apart, distance
 
 
 @dataclass
@@ -50,28 +50,6 @@ class Identities:
         mask[samples] = 1 if outputs is None else torch.zeros(self.u.shape[1]).index_fill(0, torch.tensor(outputs), 1).to(mask)
         return mask
 
-    def suspects(self, failing: Sequence[Key], tolerance: Tolerance, limit: int) -> list[int]:
-        """Samples at which the failing identities break, the worst first: best-first search by halves, `limit` samples at most."""
-        names = list({name for _, name in failing})
-
-        def badness(samples: list[int]) -> float:
-            gaps = self.gaps(names, self.mask(samples))
-            return max(gaps[key].over(tolerance) for key in failing)
-
-        everyone = list(range(len(self.u)))
-        queue: list[tuple[float, list[int]]] = [(-torch.inf, everyone)]
-        found: list[int] = []
-        while queue and len(found) < limit:
-            worst, samples = heapq.heappop(queue)
-            if -worst <= 1 and found:
-                break
-            if len(samples) == 1:
-                found.append(samples[0])
-                continue
-            for half in (samples[: len(samples) // 2], samples[len(samples) // 2 :]):
-                heapq.heappush(queue, (-badness(half), half))
-        return found
-
     def locate(self, key: Key, n: int) -> Where:
         """The output and the entry where the identity of `key` breaks most at the call's sample n."""
         check, name = key
@@ -93,6 +71,70 @@ class Identities:
             return place
         p = int(apart(mine, own).abs().flatten().argmax())
         return Where(place.sample, place.output, unravel(p, tuple(own.shape)), float(mine.flatten()[p]), float(own.flatten()[p]))
+
+
+@dataclass
+class Search:
+    """Iterates over the samples at which identities break, the worst first: best-first search by halves.
+
+    It ends where every part of the batch that is left keeps to the tolerance by itself.
+    """
+
+    identities: Identities
+    keys: set[Key]
+    """Which identities; those that need no more search are taken out meanwhile."""
+    tolerance: Tolerance
+    parts: list[tuple[float, list[int]]] = field(default_factory=list)
+    """The parts of the batch that were not looked at further, each with minus its error in units of what is allowed."""
+    found: list[int] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[int]:
+        self.parts = [(-torch.inf, list(range(len(self.identities.u))))]
+        while self.parts and self.parts[0][0] < -1 and self.keys:
+            _, samples = heapq.heappop(self.parts)
+            if len(samples) == 1:
+                self.found.append(samples[0])
+                yield samples[0]
+                continue
+            names = list({name for _, name in self.keys})
+            for half in (samples[: len(samples) // 2], samples[len(samples) // 2 :]):
+                gaps = self.identities.gaps(names, self.identities.mask(half))
+                heapq.heappush(self.parts, (-max(gaps[key].over(self.tolerance) for key in self.keys), half))
+
+    def adds_up(self, key: Key) -> bool:
+        """Whether the Jacobian's own side of an identity is the sum of those of the parts.
+
+        Where uses of one parameter cancel it is so in higher precision only, or is off by no more eps than in a lower one.
+        """
+        if key[1] in {t.name for t in self.identities.sides.subject.problem.inputs}:
+            return True  # (an input's samples are compared one by one)
+        u = self.identities.u
+        wide = u.dtype is torch.float64
+        error, allowed = self._excess(key, u.dtype), self.tolerance.summing(u.numel()).value
+        if error <= allowed:
+            return True
+        other = self._excess(key, torch.float32 if wide else torch.float64)
+        return error <= CANCEL * other / torch.finfo(torch.float32).eps * self.tolerance.eps if wide else other <= allowed
+
+    def _excess(self, key: Key, dtype: torch.dtype) -> float:
+        """How far the Jacobian's side is from the sum of those of the parts, computed in `dtype`."""
+        sides, u, (check, name) = self.identities.sides, self.identities.u.to(dtype), key
+
+        def side(samples: list[int] | None) -> Tensor:
+            kept = self.identities.kept if samples is None else [self.identities.sample(n) for n in samples]
+            group, weights = sides.subject.blocks[name], u if samples is None else u[samples]
+            if kept is not None:
+                group = tuple(block.select(torch.tensor(kept, device=u.device)) for block in group)
+            group = group if dtype is self.identities.u.dtype else tuple(in_dtype(block, dtype) for block in group)
+            return (pushed(group, weights, sides.v[name].to(dtype)) if check == "product" else weighted(group, weights)).double()
+
+        parts = [*(samples for _, samples in self.parts), *([n] for n in self.found)]
+        error = distance(side(None), sum((side(samples) for samples in parts[1:]), side(parts[0])))
+        return ratio(error, sides.scale(name, u, self.identities.kept))
+
+
+CANCEL = 8
+"""How many times as many eps as in a lower precision a sum that cancels may be off."""
 
 
 def unravel(index: int, shape: Shape) -> Shape:

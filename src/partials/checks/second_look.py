@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,21 +12,24 @@ from .._errors import listed
 from .._typing import Tensor
 from .cloud import SHAKE, belongs, cloud
 from .gaps import Gap, Key, gap_of_product, in_dtype, weighted, weighted_each
-from .identities import Identities
+from .identities import Identities, Search
+from .other_precision import told_by_precision
 from .precision import inside
 from .subject import Subject
 from .tolerance import Tolerance, apart, name_of
 
 PRODUCTS = 8
 """How many times as many eps the gap of a product may be as in a lower precision."""
-SUSPECTS = 3
+SUSPECTS = 16
 """Samples that are looked at, the worst first."""
+SUM = "a sum over samples, each part of which keeps to the tolerance by itself"
+CLOUD = f"an ordinary backward moves as far when inputs and parameters move by {SHAKE} eps (a kink, or terms that cancel)"
 ENTRIES = 2**16
 """Entries of a parameter that are looked at, those that differ most."""
 
 
 def settle(identities: Identities, failing: dict[Key, Gap], check: str = "") -> None:
-    """Rows for identities that exceeded their tolerance: passed at f's inner precision, explained by clouds, or failed."""
+    """Rows for identities that exceeded their tolerance: passed at f's inner precision, explained by rounding, or failed."""
     subject = identities.sides.subject
     tolerance = coarser(subject)
     for key in [key for key, gap in failing.items() if gap.over(tolerance) <= 1]:
@@ -34,27 +38,53 @@ def settle(identities: Identities, failing: dict[Key, Gap], check: str = "") -> 
     _products(identities, failing, tolerance)
     if not failing:
         return
-    names = [name for _, name in failing]
-    suspects = identities.suspects(list(failing), tolerance, SUSPECTS)
-    breaks: dict[Key, dict[int, bool]] = {key: {} for key in failing}
-    for n in suspects:
-        gaps = identities.gaps(names, identities.mask([n]))
-        for key in failing:
-            if gaps[key].over(tolerance) > 1:
-                breaks[key][n] = False
-        for key in _known(identities, n, [key for key in failing if n in breaks[key]], tolerance):
-            breaks[key][n] = True
-    rest = [n for n in range(len(identities.u)) if n not in suspects]
-    still = identities.gaps(names, identities.mask(rest)) if rest and len(suspects) < SUSPECTS else {}
+    found = _searched(identities, list(failing), tolerance)
     for key, gap in failing.items():
         allowed, row = tolerance.summing(gap.terms), (check or key[0], key[1], gap.error)
-        strangers = [n for n, known in breaks[key].items() if not known]
-        if breaks[key] and not strangers and (key not in still or still[key].over(tolerance) <= 1):
-            remark = _explanation([identities.sample(n) for n in breaks[key]])
-            subject.row(*row, passed=True, remark=remark, tolerance=allowed)
-        else:
-            where = identities.locate(key, (strangers or list(breaks[key]) or suspects)[0])
+        if key in found.strangers:
+            where = identities.locate(key, found.strangers[key])
             subject.row(*row, where, passed=False, remark=_hooks(subject, key[1]), tolerance=allowed)
+        else:
+            remarks = [f"at sample {listed(samples)} {words}" for words, samples in found.why[key].items()] or [SUM]
+            subject.row(*row, passed=True, remark="rounding of f itself: " + "; ".join(remarks), tolerance=allowed)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a search for the samples that break identities found."""
+
+    why: dict[Key, dict[str, list[int]]]
+    """The samples that are explained, by the words that explain them."""
+    strangers: dict[Key, int]
+    """A sample (of the call's) that is not."""
+
+
+def _searched(identities: Identities, keys: Sequence[Key], tolerance: Tolerance) -> _Found:
+    found = _Found({key: {} for key in keys}, {})
+    search = Search(identities, set(keys), tolerance)
+    for n in search:
+        gaps = identities.gaps([name for _, name in search.keys], identities.mask([n]))
+        broken = [key for key in search.keys if gaps[key].over(tolerance) > 1]
+        words = _explained(identities, n, broken, tolerance)
+        for key in broken:
+            if key in words:
+                found.why[key].setdefault(words[key], []).append(identities.sample(n))
+            else:
+                found.strangers[key] = n
+                search.keys.discard(key)
+        if len(search.found) == SUSPECTS:
+            break
+    for key in search.keys:
+        if not _rest_keeps(search, key) or not search.adds_up(key):
+            found.strangers[key] = search.found[-1] if search.found else search.parts[0][1][0]
+    return found
+
+
+def _rest_keeps(search: Search, key: Key) -> bool:
+    """Whether what was not looked at, since there were too many suspects, keeps to the tolerance as one part."""
+    rest = [n for over, samples in search.parts if over < -1 for n in samples]
+    gaps = search.identities.gaps([key[1]], search.identities.mask(rest)) if rest else {}
+    return not rest or gaps[key].over(search.tolerance) <= 1
 
 
 def _products(identities: Identities, failing: dict[Key, Gap], tolerance: Tolerance) -> None:
@@ -82,25 +112,29 @@ def _products(identities: Identities, failing: dict[Key, Gap], tolerance: Tolera
             sides.subject.row(*key, gap.error, passed=True, remark=remark, tolerance=tolerance.summing(gap.terms))
 
 
-def _known(identities: Identities, n: int, keys: Sequence[Key], tolerance: Tolerance) -> list[Key]:
-    """Those of the keys where the Jacobian's row and the ordinary backward's at the call's sample n both belong to the cloud."""
+def _explained(identities: Identities, n: int, keys: Sequence[Key], tolerance: Tolerance) -> dict[Key, str]:
+    """Why the two rows at the call's sample n differ, for those of the keys where it is rounding.
+
+    The Jacobian's row is right if it is that of a backward in float64; or if it and the ordinary backward's belong to a cloud.
+    """
     sides, u, sample = identities.sides, identities.u[n], identities.sample(n)
     own = identities.call.gradients(identities.u * identities.mask([n]))
+    inputs = {t.name for t in sides.subject.problem.inputs}
     both: dict[str, tuple[Tensor, Tensor]] = {}
-    entries: dict[str, Tensor] = {}
     for name in [name for check, name in keys if check != "product"]:
-        target = next(t for t in sides.subject.targets if t.name == name)
         group = tuple(block.select(torch.tensor([sample], device=u.device)) for block in sides.subject.blocks[name])
-        row = weighted(group, u[None]) if target.kind == "parameter" else weighted_each(group, u[None])
-        other = own[name] if target.kind == "parameter" else own[name][n]
-        worst = apart(row.reshape(-1), other.reshape(-1)).abs()
-        entries[name] = worst.topk(min(ENTRIES, len(worst))).indices
-        both[name] = row.reshape(-1)[entries[name]], other.reshape(-1)[entries[name]]
+        row = weighted_each(group, u[None]) if name in inputs else weighted(group, u[None])
+        both[name] = row.reshape(-1), (own[name][n] if name in inputs else own[name]).reshape(-1)
+    scales = {name: sides.scale(name, u[None], [sample]) for name in both}
+    told = told_by_precision(sides.subject.problem, sample, u, both, scales, tolerance.value)
+    both = {name: rows for name, rows in both.items() if name not in told}
+    entries = {name: apart(*rows).abs().topk(min(ENTRIES, len(rows[0]))).indices for name, rows in both.items()}
     found = cloud(sides.subject, sample, u, entries, tolerance) if entries else None
-    if found is None:
-        return []
-    floors = {name: tolerance.value * float(sides.scale(name, u[None], [sample])) for name in both}
-    return [("backward", name) for name, rows in both.items() if all(belongs(x, found.gradients[name], floors[name]) for x in rows)]
+    for name, rows in both.items():
+        floor = tolerance.value * float(scales[name])
+        if found is not None and all(belongs(row[entries[name]], found.gradients[name], floor) for row in rows):
+            told[name] = CLOUD
+    return {("backward", name): words for name, words in told.items()}
 
 
 def coarser(subject: Subject) -> Tolerance:
@@ -112,13 +146,6 @@ def coarser(subject: Subject) -> Tolerance:
     exceeded = f"{tolerance.factor:g} eps of {name_of(tolerance.dtype)}"
     subject.report.note(f"f computes in {why or name_of(dtype)} inside: what exceeded {exceeded} was judged by that")
     return Tolerance(dtype, tolerance.factor)
-
-
-def _explanation(samples: Sequence[int]) -> str:
-    return (
-        f"rounding of f itself: at sample {listed(samples)} an ordinary backward moves as far when inputs and parameters move by"
-        f" {SHAKE} eps (a kink, or terms that cancel)"
-    )
 
 
 def _hooks(subject: Subject, name: str) -> str:

@@ -1,14 +1,16 @@
-"""Normalisations spelled out in elementary operations.
+"""Operations whose derivative torch's `vmap` has wrong, spelled out in elementary operations.
 
 torch 2.13's `vmap` of `layer_norm` (and of `instance_norm` by the sample's own statistics) treats the statistics as constants
 when its derivative is differentiated again: `vmap(grad)` under an outer `grad` is off by 60 % with no error. The same formula
-in elementary operations is right, so the vectorised methods run it wherever these operations were seen.
+in elementary operations is right, so the vectorised methods run it wherever these operations were seen. Its `prelu` multiplies the
+cotangents of one output with the inputs of one sample where there are as many of both (a vmap over outputs within one over samples).
 
 Operations that the rules re-express in others (recurrent layers, which vmap cannot run) are re-expressed here too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -22,12 +24,16 @@ from ..rules import COMPOSITES, NoRule, Run
 
 
 class Composite(TorchFunctionMode):
-    """Runs the functions of the table below in place of torch's own."""
+    """Runs the functions of a table, that below, in place of torch's own."""
+
+    def __init__(self, table: Mapping[Any, Any] | None = None) -> None:
+        super().__init__()
+        self.table = TABLE if table is None else table
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in TABLE:
-            return TABLE[func](*args, **kwargs)
+        if func in self.table:
+            return self.table[func](*args, **kwargs)
         if func in COMPOSITES:
             with suppress(NoRule):
                 return COMPOSITES[func](Run(lambda t: transform_of(t) == "vmap", True), *args, **kwargs)
@@ -59,6 +65,11 @@ def instance_norm(
     return _affine(_standard(input, tuple(range(2, input.ndim)), eps), *parts)
 
 
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.reshape(-1, *(1,) * (input.ndim - 2)) if input.ndim > 1 else weight
+    return torch.where(input > 0, input, weight * input)
+
+
 def _standard(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     centred = x - x.mean(dims, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
@@ -74,4 +85,7 @@ TABLE: dict[Any, Any] = {
     torch.layer_norm: layer_norm,
     F.instance_norm: instance_norm,
     torch.instance_norm: instance_norm,
+    F.prelu: prelu,
+    torch.prelu: prelu,
+    torch.Tensor.prelu: prelu,
 }

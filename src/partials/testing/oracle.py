@@ -38,7 +38,7 @@ def gradients(out: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bo
         if entry.requires_grad:
             parts = torch.autograd.grad(entry, list(parameters.values()), retain_graph=True, create_graph=create_graph, allow_unused=True)
         for (name, p), part in zip(parameters.items(), parts, strict=True):
-            found[name].append(torch.zeros_like(p) if part is None else part)
+            found[name].append(torch.zeros_like(p) if part is None else part.to_dense() if part.is_sparse else part)
     return {
         name: (torch.stack(parts) if parts else parameters[name].new_zeros(0)).reshape(out.shape + parameters[name].shape)
         for name, parts in found.items()

@@ -299,6 +299,19 @@ def test_the_sample_rate_and_the_expected_batch_are_opacus_own():
     assert engine.accountant.history == [(1.0, 0.2, len(loader))]
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_logits_come_from_the_only_forward(name):
+    model, (x, y) = refused(name), words()
+    _, optimizer, _ = private(model, (x, y))
+    backward(optimizer, model, x, y, loss=F.cross_entropy)  # (the first call looks and checks)
+    optimizer.step(), optimizer.zero_grad()
+    calls = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    backward(optimizer, model, x, y, loss=F.cross_entropy)
+    handle.remove()
+    assert len(calls) == 1
+
+
 # --- words ---------------------------------------------------------------------------------------------------------
 
 

@@ -198,3 +198,13 @@ def test_half_precision(dtype):
         rows[2] *= -1
 
     assert not altered(J, "0.weight", sign).check().passed
+
+
+def test_numbers_in_steps_of_which_some_coincide():
+    """Terms that cancel leave multiples of one quantum, beside rounding that is a hundredth of it: a row may be any multiple."""
+    torch.manual_seed(0)
+    quantum, noise = 2.0**-52, 2.0**-59
+    steps = torch.tensor([0, 0, 1, 1, 2, 2, 4, 4, 5, 8, 9, 12, 15, 19, 23, 28], dtype=torch.float64)
+    members = torch.ones(4, dtype=torch.float64) * steps[:, None] * quantum + noise * torch.randn(16, 4, dtype=torch.float64)
+    assert belongs(6 * quantum * torch.ones(4, dtype=torch.float64), members, 0.0)
+    assert not belongs(600 * quantum * torch.ones(4, dtype=torch.float64), members, 0.0)
