@@ -18,7 +18,7 @@ REASONS: dict[tuple[str, str], str] = {
     (
         "factors",
         FIELD,
-    ): "At 64 features the weight gradients that are left out are a small part of a step, and the calls for each use are not.",
+    ): "At 64 features the weight gradients that are left out are a small part of a step, the calls for a use are not.",
     ("Gram", MLP): "Two products of N x N x features for each layer, of which three quarters are computed (the rest is mirrored).",
     (
         "clipped sum",

@@ -65,7 +65,7 @@ def _missed(figures: Figures) -> Iterator[str]:
     groups: dict[str, list[str]] = {}
     for bar in bars(figures):
         if bar.case in figures and bar.verdict == "missed":
-            groups.setdefault(reason(bar), []).append(f"{bar.quantity} ({bar.case}: {bar.value:.3g})")
+            groups.setdefault(reason(bar), []).append(f"{bar.quantity} ({bar.case}: {bar.value:.3g} {bar.unit})")
     if groups:
         yield "\n### Bars that were missed\n"
     yield from (f"- {'; '.join(missed)}. {words}" for words, missed in groups.items())
