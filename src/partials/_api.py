@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 from ._budget import solve
 from ._compare import Comparison, compare_methods
@@ -17,6 +17,29 @@ from ._run import plan
 from ._typing import Function
 from .checks import Report, inspect
 from .checks.first import POLICIES
+
+
+@overload
+def jacobian(
+    f: Function,
+    *inputs: Any,
+    params: Any = None,
+    wrt: None = None,
+    in_dims: Any = 0,
+    batched: bool = True,
+    output: Any = None,
+    method: str = "auto",
+    check: str = "first",
+    max_memory: int | str | None = None,
+    create_graph: bool = False,
+    randomness: str = "error",
+    kwargs: Mapping[str, Any] | None = None,
+    **input_kwargs: Any,
+) -> Jacobian: ...
+
+
+@overload
+def jacobian(f: Function, *inputs: Any, wrt: Any, **options: Any) -> Any: ...
 
 
 def jacobian(
@@ -102,6 +125,30 @@ def jacobian(
     return _solve(problem, method, check)
 
 
+@overload
+def gradient(
+    f: Function,
+    *inputs: Any,
+    loss: Callable[..., Any] | None = None,
+    params: Any = None,
+    wrt: None = None,
+    in_dims: Any = 0,
+    batched: bool = True,
+    output: Any = None,
+    method: str = "auto",
+    check: str = "first",
+    max_memory: int | str | None = None,
+    create_graph: bool = False,
+    randomness: str = "error",
+    kwargs: Mapping[str, Any] | None = None,
+    **input_kwargs: Any,
+) -> Jacobian: ...
+
+
+@overload
+def gradient(f: Function, *inputs: Any, wrt: Any, **options: Any) -> Any: ...
+
+
 def gradient(
     f: Function,
     *inputs: Any,
@@ -173,7 +220,22 @@ def check(f: Function, *inputs: Any, level: str = "quick", method: str = "auto",
     Returns
     -------
     Report
-        A row for each parameter and comparison; `.raise_if_failed()`, `.to_dict()`.
+        A row for each parameter and comparison; `.raise_if_failed()`, `.to_dict()`, `.to_html()`. Errors are over the size of a
+        row, told in eps of the dtype.
+
+    Raises
+    ------
+    InputError
+        for an unknown level, and whatever `jacobian` refuses.
+    MixingError
+        where f itself mixes samples: no method can be right then.
+
+    Examples
+    --------
+    >>> import torch, partials as pt
+    >>> report = pt.check(torch.nn.Linear(3, 2), torch.randn(5, 3), level="full")
+    >>> report.raise_if_failed().passed
+    True
     """
     return inspected(_problem(f, inputs, options), method, level)
 
@@ -186,7 +248,20 @@ def inspected(problem: Problem, method: str, level: str) -> Report:
 def explain(f: Function, *inputs: Any, method: str = "auto", **options: Any) -> Plan:
     """The plan for a call, without computing it: which method, why, at what cost, and why the others lost.
 
-    Takes the options of `jacobian` or `gradient`. Runs f on one sample.
+    Takes the options of `jacobian` or `gradient`. Runs f on one sample, and once on the batch to record the uses of parameters; no reverse
+    pass. Costs are estimates that rank methods: passes, bytes of memory, seconds.
+
+    Raises
+    ------
+    MethodError, MemoryBudgetError
+        where the method that is named, or every one, cannot run, or does not fit; and whatever `jacobian` refuses.
+
+    Examples
+    --------
+    >>> import torch, partials as pt
+    >>> plan = pt.explain(torch.nn.Linear(3, 2), torch.randn(5, 3))
+    >>> plan.method, [(use.parameter, use.rule) for use in plan.uses]
+    ('capture', [('weight', 'outer'), ('bias', 'sum')])
     """
     return plan(_problem(f, inputs, options), method)[0]
 
@@ -201,7 +276,21 @@ def compare(
     Returns
     -------
     Comparison
-        `print` it; `.plot(path)`, `.to_json()`, `.to_markdown()`.
+        `print` it; `.plot(path)`, `.to_json()`, `.to_markdown()`, `.to_html()`. Seconds, bytes, and errors over the size of a row.
+
+    Raises
+    ------
+    InputError
+        for names that are not in the table, or `repeats` below one.
+    MixingError
+        where f mixes samples. What a single method refuses is a row of the table.
+
+    Examples
+    --------
+    >>> import torch, partials as pt
+    >>> found = pt.compare(torch.nn.Linear(3, 2), torch.randn(5, 3), methods=["capture", "loop"], repeats=2)
+    >>> [(row.method, row.status, row.error < 1e-6) for row in found.rows]
+    [('capture', 'ok', True), ('loop', 'ok', True)]
     """
     return compare_methods(_problem(f, inputs, options), methods, repeats=repeats, progress=progress)
 

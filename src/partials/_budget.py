@@ -88,9 +88,11 @@ def _trial(problem: Problem, method: str, policy: str, budget: int) -> tuple[Any
     """A Jacobian of a few samples, checked and then emptied, and the bytes of each sample and of none."""
     with meter() as one:
         _whole(span(problem, slice(0, 1)), method, "never")
+    trim()
     count = min(TRIAL if 3 * TRIAL * one.peak <= budget else 2, problem.size)
     few = span(problem, slice(0, count))
     found = _emptied(_whole(few, method, policy))  # (what is found out once is found out here, so that the same call measures the same)
+    trim()
     with meter() as several:
         _whole(few, found.plan.method, "never")
     trim()

@@ -17,13 +17,14 @@ import torch
 from . import _machine
 from ._errors import InputError, MixingError, PartialsError
 from ._part import part
-from ._plan import human_bytes, human_time, known
+from ._plan import Plan, human_bytes, human_time, known
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._reference import Reference, dense_rows, reference
-from ._run import NAMES
+from ._run import NAMES, plan
 from ._state import drawn_from, random_state, rng_kept
 from .checks import inspect
+from .html import of_comparison
 from .methods import METHODS
 from .methods._base import entries, result_bytes
 
@@ -75,7 +76,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `partials.compare` found: `print` it, `.plot(path)` it, or take `.to_json()`, `.to_markdown()`, `.rows`."""
+    """What `partials.compare` found: `print` it, `.plot(path)` it, or take `.to_json()`, `.to_markdown()`, `.to_html()`, `.rows`.
+
+    >>> import torch, partials as pt
+    >>> found = pt.compare(torch.nn.Linear(3, 2), torch.randn(5, 3), methods="capture", repeats=1)
+    >>> found.fastest, found.samples, found.entries
+    ('capture', 5, 8)
+    """
 
     function: str
     samples: int
@@ -86,6 +93,8 @@ class Comparison:
     reference: str
     """Where the rows come from that errors are measured against."""
     machine: dict[str, Any]
+    plan: Plan | None = None
+    """What a call that names no method would do; None where it would be refused."""
 
     @property
     def measured(self) -> tuple[Row, ...]:
@@ -122,9 +131,13 @@ class Comparison:
         """A table for a README or an issue, with the machine below it."""
         lines = ["| " + " | ".join(HEAD) + " |", "| --- |" + " ---: |" * (len(HEAD) - 1)]
         for row in self.rows:
-            cells = self._cells(row) if row.status == "ok" else [f"{row.status}: {row.reason}".replace("|", "\\|"), *[""] * (len(HEAD) - 2)]
+            cells = self.cells(row) if row.status == "ok" else [f"{row.status}: {row.reason}".replace("|", "\\|"), *[""] * (len(HEAD) - 2)]
             lines.append(f"| `{row.method}` | " + " | ".join(cells) + " |")
-        return "\n".join([self.title, "", *lines, "", *(f"{sentence}  " for sentence in self._notes())]) + "\n"
+        return "\n".join([self.title, "", *lines, "", *(f"{sentence}  " for sentence in self.notes)]) + "\n"
+
+    def to_html(self) -> str:
+        """One self-contained page: the table, pictures of time and memory, the plan and the machine; no script, nothing fetched."""
+        return of_comparison(self)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
         """A matplotlib figure of the times, written to `path` if there is one."""
@@ -147,20 +160,28 @@ class Comparison:
     def __str__(self) -> str:
         lines = [self.title, _line(*HEAD)]
         lines += [
-            _line(row.method, *self._cells(row)) if row.status == "ok" else f"  {row.method:<10}{row.status}: {row.reason}"
+            _line(row.method, *self.cells(row)) if row.status == "ok" else f"  {row.method:<10}{row.status}: {row.reason}"
             for row in self.rows
         ]
-        return "\n".join([*lines, *(f"  {sentence}" for sentence in self._notes())])
+        return "\n".join([*lines, *(f"  {sentence}" for sentence in self.notes)])
 
     __repr__ = __str__
 
-    def _cells(self, row: Row) -> list[str]:
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The heads of the table."""
+        return HEAD
+
+    def cells(self, row: Row) -> list[str]:
+        """The row of a method that ran, under all columns but the first."""
         spread, runs = "-" if row.spread is None else human_time(row.spread), str(len(row.seconds)) + ("" if row.warm else "*")
         error = "-" if row.error is None else "0" if row.error == 0 else f"{row.error:.1e}"
         memory = "-" if row.memory is None else human_bytes(row.memory)
         return [human_time(row.median), spread, human_time(min(row.seconds)), runs, f"{self.relative(row):.2f}", error, memory]
 
-    def _notes(self) -> list[str]:
+    @property
+    def notes(self) -> list[str]:
+        """What stands below the table."""
         cold = ["* one run, without a warm-up"] if any(not row.warm for row in self.measured) else []
         return [*cold, f"error: the largest |row - reference| / |reference|; reference: {self.reference}", _machine.sentence(self.machine)]
 
@@ -257,7 +278,17 @@ def compare_methods(problem: Problem, methods: Any = None, *, repeats: int = 7, 
         rows=tuple(rows),
         reference="none, since every method draws its own random numbers" if trusted is None else trusted.words,
         machine=_machine.describe(device),
+        plan=_planned(problem),
     )
+
+
+def _planned(problem: Problem) -> Plan | None:
+    try:
+        made = plan(problem)[0]
+    except Exception:  # each method's row tells its own reason
+        return None
+    made.recorded = made.uses  # described now, so that what was recorded is let go
+    return made
 
 
 def _demand_independence(problem: Problem) -> None:

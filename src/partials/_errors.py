@@ -19,7 +19,18 @@ from typing import Any
 
 
 class PartialsError(Exception):
-    """The base of all errors that this library raises on purpose."""
+    """The base of all errors that this library raises on purpose: `.what` happened, what was `.got`, `.expected`, and a `.hint` to try.
+
+    >>> import torch, partials as pt
+    >>> try:
+    ...     pt.jacobian(torch.nn.Linear(3, 2), torch.randn(5, 3), method="vamp")
+    ... except pt.PartialsError as error:
+    ...     print(error)
+    method='vamp' is unknown
+      got       'vamp'
+      expected  one of: auto, capture, vmap, forward, jacobian, grad, backward, loop
+      try       did you mean 'vmap'?
+    """
 
     def __init__(self, what: str, *, got: str = "", expected: str = "", hint: str = "") -> None:
         self.what, self.got, self.expected, self.hint = what, got, expected, hint
@@ -31,11 +42,11 @@ class PartialsError(Exception):
 
 
 class InputError(PartialsError, ValueError):
-    """The call itself is not one that has an answer."""
+    """The call itself is not one that has an answer: arguments, names, sizes, dtypes. Also a ValueError."""
 
 
 class OutputError(PartialsError, ValueError):
-    """The function returned something that has no per-sample Jacobian."""
+    """The function returned something that has no per-sample Jacobian: several outputs, integers, one number. Also a ValueError."""
 
 
 class MixingError(PartialsError, RuntimeError):
@@ -45,15 +56,15 @@ class MixingError(PartialsError, RuntimeError):
 
 
 class RandomnessError(PartialsError, RuntimeError):
-    """The function draws random numbers and no policy for them was given."""
+    """The function draws random numbers and no policy for them was given: `randomness=` says what to do. Also a RuntimeError."""
 
 
 class MethodError(PartialsError, RuntimeError):
-    """The method cannot compute what was asked."""
+    """The method that was named cannot compute what was asked, or none can; with the reason of each. Also a RuntimeError."""
 
 
 class MemoryBudgetError(PartialsError, RuntimeError):
-    """The answer does not fit within `max_memory`."""
+    """The answer does not fit within `max_memory`, or into what is free: bytes needed and bytes there. Also a RuntimeError."""
 
 
 class CheckError(PartialsError, RuntimeError):

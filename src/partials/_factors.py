@@ -6,6 +6,7 @@ positions. *By rows* forms the rows of a few samples at a time. The one with few
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -242,10 +243,14 @@ def _joined_by_rows(left: Outer, right: Outer, join: Join) -> Tensor:
 
 
 def _gram(left: Outer, right: Outer) -> Tensor:
-    (n, c, t, _, o), (m, d, s, _, _), i = left.g.shape, right.g.shape, left.a.shape[3]
-    pairs = t * s * (i + d * o) + t * c * d * o  # for each (n, m)
-    mirrored = t * s * (i + c * o) + s * c * d * o
+    """Costs are those for each (n, m); the products of three factors run at a third of the speed of plain matrix products."""
+    (n, c, t, groups, o), (m, d, s, _, _), i = left.g.shape, right.g.shape, left.a.shape[3]
+    pairs = 3 * (t * s * (i + d * o) + t * c * d * o)
+    mirrored = 3 * (t * s * (i + c * o) + s * c * d * o)
     rows = (t * c / max(1, m) + s * d / max(1, n) + c * d) * i * o
+    dots = t * s * (i + c * d * (o + 16)) if groups == 1 else math.inf  # and a pass over what both products give
+    if dots <= min(rows, pairs, mirrored):
+        return _gram_by_dots(left, right)
     if rows < min(pairs, mirrored):
         return _gram_by_rows(left, right)
     return _gram_by_pairs(left, right) if pairs <= mirrored else _gram_by_pairs(right, left).permute(2, 3, 0, 1)
@@ -258,7 +263,19 @@ def _gram_by_pairs(left: Outer, right: Outer) -> Tensor:
         return torch.einsum("nctgo,ntgomd->ncmd", left.g[n], met)
 
     (n, _, t, groups, o), (m, d, s, _, _) = left.g.shape, right.g.shape
-    return in_tiles(tile, n, m, groups * t * (s + 2 * d * o) * left.g.element_size(), left.g)
+    return in_tiles(tile, n, m, groups * t * (s + 2 * d * o) * left.g.element_size(), left.g, left is right)
+
+
+def _gram_by_dots(left: Outer, right: Outer) -> Tensor:
+    """Sums over t and s of (a[n,t] . b[m,s]) (g[n,c,t] . h[m,d,s])."""
+
+    def tile(n: slice, m: slice) -> Tensor:
+        alike = rows_by_rows(left.a[n].flatten(0, 2), right.a[m].flatten(0, 2)).view(-1, 1, t, len(right.a[m]), 1, s)
+        met = rows_by_rows(left.g[n].flatten(0, 3), right.g[m].flatten(0, 3)).view(-1, c, t, len(right.g[m]), d, s)
+        return (met * alike).sum((2, 5))
+
+    (n, c, t, _, _), (m, d, s, _, _) = left.g.shape, right.g.shape
+    return in_tiles(tile, n, m, t * s * (1 + 2 * c * d) * left.g.element_size(), left.g, left is right)
 
 
 def _gram_by_rows(left: Outer, right: Outer) -> Tensor:

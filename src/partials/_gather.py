@@ -221,11 +221,16 @@ def in_chunks(count: int, each: int, like: Tensor, most: int | None = None) -> I
     return (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
 
 
-def in_tiles(one: Callable[[slice, slice], Tensor], n: int, m: int, each: int, like: Tensor) -> Tensor:
-    """(N, C, M, D) from its tiles (n, C, m, D), where a pair of samples takes `each` bytes."""
+def in_tiles(one: Callable[[slice, slice], Tensor], n: int, m: int, each: int, like: Tensor, same: bool = False) -> Tensor:
+    """(N, C, M, D) from its tiles (n, C, m, D), where a pair of samples takes `each` bytes; with the `same` on both sides half of them."""
     side = max(1, isqrt(_room.tile(like) // max(1, each)))
     strips = in_chunks(n, each * min(m, side), like)
-    return cat([cat([one(s, r) for r in in_chunks(m, each * (s.stop - s.start), like)], 2) for s in strips])
+    if not same:
+        return cat([cat([one(s, r) for r in in_chunks(m, each * (s.stop - s.start), like)], 2) for s in strips])
+    tiles: list[list[Tensor]] = []
+    for i, s in enumerate(places := list(strips)):
+        tiles.append([tiles[j][i].permute(2, 3, 0, 1) if j < i else one(s, r) for j, r in enumerate(places)])
+    return cat([cat(row, 2) for row in tiles])
 
 
 def cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -19,7 +19,15 @@ REFUSED = ("sum", "mean", "variance", "gram", "clipped_sum", "solve", "diagonal"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class InputJacobian(AbstractJacobian):
-    """d output[n] / d input[n]: `J[name]` is (N, *out, *in); `@` and `.T @` take and give one vector per sample, (N, P)."""
+    """d output[n] / d input[n]: `J[name]` is (N, *out, *in); `@` and `.T @` take and give one vector per sample, (N, P).
+
+    Quantities that mean something for shared parameters only (`sum`, `gram`, `solve`, ...) are refused by InputError.
+
+    >>> import torch, partials as pt
+    >>> J = pt.jacobian(torch.nn.Linear(3, 2), torch.randn(5, 3), wrt="input")
+    >>> J["input"].shape, (J.T @ torch.ones(5, 2)).shape
+    (torch.Size([5, 2, 3]), torch.Size([5, 3]))
+    """
 
     def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
         """J v for a vector of each sample: (N, P), (N, *in) of a single input, or {name: (N, *in)} -> (N, *out)."""

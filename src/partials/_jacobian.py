@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -42,6 +42,12 @@ class Jacobian(AbstractJacobian):
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
     """The user's parameters by name, for `accumulate_grad`."""
 
+    @overload
+    def __getitem__(self, key: str) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, key: Any) -> Jacobian: ...
+
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str) and self.inputs is not None and key in self.inputs:
             return self.inputs[key]
@@ -50,6 +56,12 @@ class Jacobian(AbstractJacobian):
     def _select(self, key: Any) -> Jacobian:
         chosen = super()._select(key)
         return chosen if self.inputs is None else replace(chosen, inputs=self.inputs[key])
+
+    def to(self, device: torch.device | str) -> Jacobian:
+        found = super().to(device)
+        return found if self.inputs is None or found is self else replace(found, inputs=self.inputs.to(device))
+
+    to.__doc__ = AbstractJacobian.to.__doc__
 
     def dict(self) -> ByName:
         """The dense rows by name, inputs first: {name: (N, *out, *shape)}."""
@@ -142,11 +154,24 @@ class Jacobian(AbstractJacobian):
         """
         return Curvature(self, None if H is None else self._matrices(H))
 
-    def clipped_sum(self, max_norm: float, per: str = "all", return_norms: bool = False) -> Any:
-        """sum_n min(1, max_norm / |J[n]|) J[n] of scalar outputs: (P,); zeros for N = 0.
+    @overload
+    def clipped_sum(
+        self, max_norm: float | Mapping[str, float], per: str = "all", return_norms: Literal[False] = False, *, epsilon: float = 0.0
+    ) -> Tensor: ...
 
-        `per="parameter"` clips each parameter's part by its own norm. With `return_norms`, also the norms before clipping,
-        (N,) or {name: (N,)}. (Abadi et al. 2016, "Deep learning with differential privacy", eq. 1.)
+    @overload
+    def clipped_sum(
+        self, max_norm: float | Mapping[str, float], per: str = "all", *, return_norms: Literal[True], epsilon: float = 0.0
+    ) -> tuple[Tensor, Any]: ...
+
+    def clipped_sum(
+        self, max_norm: float | Mapping[str, float], per: str = "all", return_norms: bool = False, *, epsilon: float = 0.0
+    ) -> Any:
+        """sum_n min(1, max_norm / (|J[n]| + epsilon)) J[n] of scalar outputs: (P,); zeros for N = 0.
+
+        `per="parameter"` clips each parameter's part by its own norm; `max_norm` may then be {name: bound}. With `return_norms`, also the
+        norms before clipping, (N,) or {name: (N,)}. (Abadi et al. 2016, "Deep learning with differential privacy", eq. 1; `epsilon` is
+        there for codes that divide so.)
 
         Raises
         ------
@@ -160,21 +185,23 @@ class Jacobian(AbstractJacobian):
                 expected="()",
                 hint="pt.gradient(f, x, target, loss=...)",
             )
-        if per not in ("all", "parameter") or not max_norm > 0:
+        bounds = max_norm if isinstance(max_norm, Mapping) else dict.fromkeys(self.names, max_norm)
+        known_bounds = bounds is not max_norm or (per == "parameter" and set(bounds) == set(self.names))
+        if per not in ("all", "parameter") or not known_bounds or not all(bound > 0 for bound in bounds.values()) or not epsilon >= 0:
             raise InputError(
                 "clipped_sum is not understood",
-                got=f"max_norm={max_norm!r}, per={per!r}",
-                expected='a positive max_norm, per="all" or "parameter"',
+                got=f"max_norm={max_norm!r}, per={per!r}" + (f", epsilon={epsilon!r}" if epsilon else ""),
+                expected='a positive max_norm, per="all" or "parameter"; {name: bound} of all parameters with the latter',
             )
         if self.pieces is not None:
-            clipped, by_name = _pieces.clipped_sum(self, max_norm, per)
+            clipped, by_name = _pieces.clipped_sum(self, max_norm, per, epsilon)
         else:
-            clipped, by_name = self._clipped(max_norm, per)
+            clipped, by_name = self._clipped(bounds, per, epsilon)
         if not return_norms:
             return clipped
         return clipped, (next(iter(by_name.values())) if per == "all" else by_name)
 
-    def _clipped(self, max_norm: float, per: str) -> tuple[Tensor, ByName]:
+    def _clipped(self, bounds: Mapping[str, float], per: str, epsilon: float) -> tuple[Tensor, ByName]:
         with self._reading():
             squares = {name: _algebra.squared_norms(group) for name, group in self.blocks.items()}
             if per == "all":
@@ -191,10 +218,8 @@ class Jacobian(AbstractJacobian):
                     )
             # (a scalar factor for each sample folds into the cotangent: one product per parameter)
             norms = {name: square.clamp_min(0).sqrt() for name, square in squares.items()}
-            parts = {
-                name: _algebra.sum_of([block.rmatmul((max_norm / norms[name]).clamp(max=1).unsqueeze(-1)) for block in group])
-                for name, group in self.blocks.items()
-            }
+            factors = {name: (bounds[name] / (norm + epsilon)).clamp(max=1).unsqueeze(-1) for name, norm in norms.items()}
+            parts = {name: _algebra.sum_of([block.rmatmul(factors[name]) for block in group]) for name, group in self.blocks.items()}
             clipped = self.columns.join(parts, 0).squeeze(-1)
         return clipped, {name: norm.squeeze(1) for name, norm in norms.items()}
 
@@ -278,7 +303,10 @@ class Jacobian(AbstractJacobian):
         return linear_operator(self)
 
     def accumulate_grad(self, weights: Tensor | None = None) -> None:
-        """Add sum_n w[n] J[n] of scalar outputs into `p.grad` of every parameter, as a backward of the weighted sum would."""
+        """Add sum_n w[n] J[n] of scalar outputs into `p.grad` of every parameter, as a backward of the weighted sum would.
+
+        `weights` are (N,), ones by default. InputError where outputs are no scalars, or a parameter is no leaf that requires grad.
+        """
         if size_of(self.out) != 1:
             raise InputError(
                 "accumulate_grad needs one scalar per sample", got=f"output shape {self.out}", expected="()", hint="J.T @ u, unflattened"
@@ -288,7 +316,7 @@ class Jacobian(AbstractJacobian):
             raise InputError("some parameters have no .grad to add to", got=listed(not_leaves), expected="leaf tensors that require grad")
         total = self.unflatten(self.sum(weights).reshape(-1))
         for name, parameter in self.leaves.items():
-            part = (torch.view_as_complex(total[name]) if parameter.is_complex() else total[name]).to(parameter.dtype)
+            part = (torch.view_as_complex(total[name]) if parameter.is_complex() else total[name]).to(parameter)
             if parameter.grad is None:
                 parameter.grad = part.clone()
             elif self.attached:
@@ -327,6 +355,12 @@ def concat(jacobians: Sequence[Jacobian], weights: Sequence[float] | None = None
     ------
     InputError
         if parameters or output shapes differ, or if there is nothing to stack.
+
+    >>> import torch, partials as pt
+    >>> model = torch.nn.Linear(3, 2)
+    >>> parts = [pt.jacobian(model, torch.randn(n, 3)) for n in (5, 4)]
+    >>> pt.concat(parts, weights=[5**-0.5, 4**-0.5]).gram().shape
+    torch.Size([9, 2, 9, 2])
     """
     parts = list(jacobians)
     if not parts:

@@ -21,7 +21,10 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Versions, processor and threads: what a time depends on."""
+    from . import __version__
+
     machine: dict[str, Any] = {
+        "partials": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -40,6 +43,7 @@ def sentence(machine: dict[str, Any]) -> str:
     words = [
         machine.get("gpu"),
         f"{machine['cpu']}, {threads}",
+        f"partials {machine['partials']}" if "partials" in machine else "",
         f"torch {machine['torch']}",
         f"Python {machine['python']}",
         machine["system"],
@@ -104,6 +108,14 @@ def measured(function: Callable[[], Answer], device: torch.device) -> tuple[Answ
     finish(device)
     seconds = time.perf_counter() - start
     return answer, seconds, None if before is None else max(_peak(device) - before, 0)
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not say."""
+    try:
+        return _status("VmRSS")
+    except (OSError, LookupError):
+        return 0
 
 
 def finish(device: torch.device) -> None:
@@ -187,6 +199,7 @@ def _left_of_limit() -> int | None:
         return None
 
 
+@functools.cache
 def _cpu() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -16,9 +16,10 @@ from ._plan import TooLarge, human_bytes
 from ._sinks import Place, Sink
 from ._typing import Tensor
 
-SAFE, GROWTH, TILES, OVERHEAD = 0.45, 4, 16, 2**20
+SAFE, GROWTH, TILES, OVERHEAD = 0.45, 4, 16, 3 * 2**20
 """Share of the room that measured bytes may take (the C library's heap was seen to take twice what is held, kernels have buffers of
-their own); growth of pieces; temporaries are a sixteenth of the budget each; bytes that Python itself takes."""
+their own); growth of pieces; temporaries are a sixteenth of the budget each; bytes that a call takes beside tensors (2.6 MB were seen),
+as far as they are not more than half of the room."""
 
 
 class Measured(Pieces):
@@ -97,7 +98,7 @@ class Sizes:
             return
         result += self.kept
         room = self.budget - result
-        room -= min(OVERHEAD, room // 4)
+        room -= min(OVERHEAD, room // 2)
         if room <= 0:
             raise too_small(self.budget, result, "the result alone, and f's values")
         if peak > room:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -24,6 +24,9 @@ from ._typing import Tensor
 if TYPE_CHECKING:
     from ._rows import AbstractJacobian
     from .checks.report import Report
+
+
+Quantity = TypeVar("Quantity", bound=Callable[..., Any])
 
 
 class Pieces(ABC):
@@ -94,7 +97,7 @@ class Seen(Pieces):
 # --- quantities ----------------------------------------------------------------------------------------------------
 
 
-def joined(*cut: str, outputs: bool = True) -> Callable[[Any], Any]:
+def joined(*cut: str, outputs: bool = True) -> Callable[[Quantity], Quantity]:
     """The quantity of a Jacobian with pieces is that of each, in its rows.
 
     `cut` names arguments that have rows themselves; `outputs=False` says that a sample's outputs meet in the quantity.
@@ -115,7 +118,7 @@ def joined(*cut: str, outputs: bool = True) -> Callable[[Any], Any]:
     return wrap
 
 
-def added(*cut: str, outputs: bool = False, together: str = "") -> Callable[[Any], Any]:
+def added(*cut: str, outputs: bool = False, together: str = "") -> Callable[[Quantity], Quantity]:
     """The quantity of a Jacobian with pieces is the sum of that of each: (P, ...), or with `outputs` (*out, P).
 
     In the argument that `together` names, where it is given, a sample's outputs meet.
@@ -218,13 +221,13 @@ def variance(J: Any, correction: int) -> Tensor:
     return known(sink.found).reshape(*J.out, -1) / max(len(J) - correction, 0)
 
 
-def clipped_sum(J: Any, max_norm: float, per: str) -> tuple[Tensor, dict[str, Tensor]]:
+def clipped_sum(J: Any, max_norm: float | Mapping[str, float], per: str, epsilon: float) -> tuple[Tensor, dict[str, Tensor]]:
     """(sum, {name: norms (N,)}); each piece is met once."""
     names = J.names if per == "parameter" else J.names[:1]
     total, norms = Added(J._flat), {name: Joined(J) for name in names}
 
     def one(place: Place) -> tuple[Any, ...]:
-        part, its = J.pieces.at(place).clipped_sum(max_norm, per, return_norms=True)
+        part, its = J.pieces.at(place).clipped_sum(max_norm, per, True, epsilon=epsilon)
         return (part, *((its,) if per == "all" else its.values()))
 
     J.pieces.sweep(one, Both((total, *norms.values())))

@@ -65,7 +65,15 @@ class Use:
 
 @dataclass
 class Plan:
-    """The choice of a method, printable: `print(pt.explain(f, x))`."""
+    """The choice of a method, printable: `print(pt.explain(f, x))`; a Jacobian carries its own as `J.plan`.
+
+    `.method`, `.verdicts` (each method's cost, or why it was refused), `.uses` (of each parameter: operation, rule, layout), `.notes`.
+
+    >>> import torch, partials as pt
+    >>> J = pt.jacobian(torch.nn.Linear(3, 2), torch.randn(5, 3))
+    >>> J.plan.method, J.plan.to_dict()["samples"]
+    ('capture', 5)
+    """
 
     function: str
     method: str
@@ -94,6 +102,10 @@ class Plan:
         if callable(self.recorded):
             self.recorded = self.recorded()
         return self.recorded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was left to be asked is asked before the plan goes to another process, with a report or an error."""
+        return {**vars(self), "asked": self.verdicts, "recorded": self.uses}
 
     @property
     def chosen(self) -> Verdict:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
 
@@ -16,6 +16,7 @@ from ._blocks import size_of
 from ._columns import Columns
 from ._errors import InputError, MemoryBudgetError, MethodError, PartialsError
 from ._machine import share
+from ._moved import moved, same_place
 from ._pieces import Pieces, joined
 from ._plan import LARGE, Plan, human_bytes
 from ._typing import ByName, Shape, Tensor
@@ -75,6 +76,12 @@ class AbstractJacobian(ABC):
     def __len__(self) -> int:
         """The number of samples."""
         return int(self.values.shape[0]) if self.batched else 1
+
+    @overload
+    def __getitem__(self, key: str) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, key: Any) -> Self: ...
 
     def __getitem__(self, key: Any) -> Any:
         """`J[name]`: the dense rows of one parameter, (N, *out, *shape). `J[index]`: the Jacobian of the chosen samples."""
@@ -145,13 +152,33 @@ class AbstractJacobian(ABC):
         """A tensor with a flat P axis first, (P,) or (P, k), by name: {name: (*shape) or (*shape, k)}."""
         return self.columns.split(t, 0)
 
+    def to(self, device: torch.device | str) -> Self:
+        """The same Jacobian with values and factors on another device, where quantities are then computed.
+
+        Factors of several batches that one accelerator cannot hold may lie in host memory, and come back a batch at a time for each
+        quantity: `pt.concat([pt.jacobian(model, x.cuda()).to("cpu") for x in batches]).to("cuda")`.
+
+        Raises
+        ------
+        RuntimeError
+            of torch, where there is no such device.
+        """
+        device = torch.device(device)
+        if self.pieces is None and same_place(self.values, device):
+            return self
+        pieces = None if self.pieces is None else self.pieces.through(lambda J: J.to(device))
+        with self._reading():
+            blocks = {name: tuple(moved(block, device) for block in group) for name, group in self.blocks.items()}
+        return replace(self, values=self.values.to(device), blocks=blocks, pieces=pieces, aux=None, origin=Origin())
+
     def check(self, level: str = "quick") -> Report:
         """Compare this Jacobian with one ordinary backward, and samples of it with a batch of one. See `partials.check`."""
         if self.pieces is not None:
             return self.pieces.check(level)
         if self.origin.check is None:
             raise MethodError(
-                "a Jacobian of chosen or joined samples has no function to be checked against", hint="check the Jacobians it came from"
+                "a Jacobian of chosen or joined samples, or on another device, has no function to be checked against",
+                hint="check the Jacobians it came from",
             )
         return self.origin.check(self, level)
 

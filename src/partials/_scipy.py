@@ -18,12 +18,12 @@ def linear_operator(J: Jacobian) -> Any:
     rows, width = J.values.numel(), J.shape[-1]
 
     def matmat(v: Any) -> Any:
-        return _array(J @ _tensor(v, J)).reshape(rows, -1)
+        return _array(J @ _tensor(v, J)).reshape(rows, v.shape[1])
 
     def rmatmat(u: Any) -> Any:
-        return _array(J.T @ _tensor(u, J).reshape(*J.values.shape, -1))
+        return _array(J.T @ _tensor(u, J).reshape(*J.values.shape, u.shape[1]))
 
-    return _operator((rows, width), J, matmat, rmatmat)
+    return _operator((rows, width), J, _by_parts(matmat), _by_parts(rmatmat))
 
 
 def curvature_operator(curvature: Curvature) -> Any:
@@ -32,7 +32,16 @@ def curvature_operator(curvature: Curvature) -> Any:
     def matmat(v: Any) -> Any:
         return _array(curvature @ _tensor(v, curvature.J))
 
-    return _operator(curvature.shape, curvature.J, matmat, matmat)
+    return _operator(curvature.shape, curvature.J, _by_parts(matmat), _by_parts(matmat))
+
+
+def _by_parts(product: Any) -> Any:
+    """The product of a real operator with complex columns too: of their real and imaginary parts."""
+
+    def whole(v: Any) -> Any:
+        return product(v.real) + 1j * product(v.imag) if v.dtype.kind == "c" else product(v)
+
+    return whole
 
 
 def _operator(shape: Any, J: Jacobian, matmat: Any, rmatmat: Any) -> Any:
@@ -47,12 +56,12 @@ def _operator(shape: Any, J: Jacobian, matmat: Any, rmatmat: Any) -> Any:
     def rmatvec(u: Any) -> Any:
         return rmatmat(u.reshape(-1, 1))[:, 0]
 
-    dtype = _array(J.values.new_empty(0)).dtype
+    dtype = _array(torch.empty(0, dtype=J._dtype_of_rows())).dtype
     return LinearOperator(shape, matvec=matvec, rmatvec=rmatvec, matmat=matmat, rmatmat=rmatmat, dtype=dtype)
 
 
 def _tensor(array: Any, J: Jacobian) -> Tensor:
-    return torch.as_tensor(array.copy()).to(J.device, torch.promote_types(J.dtype, torch.float32))
+    return torch.as_tensor(array.copy()).to(J.device, torch.promote_types(J._dtype_of_rows(), torch.float32))
 
 
 def _array(t: Tensor) -> Any:

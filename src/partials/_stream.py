@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from ._errors import InputError, MethodError, near
+from ._errors import InputError, MethodError
+from ._signature import rebuild, walk
 from ._typing import Function, Tensor
+from ._what import STORED, parsed
 
 if TYPE_CHECKING:
     from ._jacobian import Jacobian
@@ -19,18 +21,27 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 ITERATED: dict[str, Callable[..., Tensor]] = {
     "jacobian": lambda J: J.dense(),
     "norms": lambda J: J.norms(),
-    "sketch": lambda J, k: J.sketch(int(k)),
+    "sketch": lambda J, *how: J.sketch(*how),
 }
 """Quantities of each batch's own rows."""
 REDUCED: dict[str, Callable[..., Tensor]] = {
     "sum": lambda J: J.sum(),
     "diagonal": lambda J: J.diagonal(),
-    "clipped_sum": lambda J, most: J.clipped_sum(float(most)),
+    "clipped_sum": lambda J, most: J.clipped_sum(most),
 }
 """Quantities that add up over batches."""
-WITH_NUMBER = {"sketch": "4096", "clipped_sum": "1.0"}
-"""Those that take a number behind a colon, and an example of it."""
-WHAT = [f"{name}:{WITH_NUMBER[name]}" if name in WITH_NUMBER else name for name in (*ITERATED, *REDUCED, "gram")]
+
+
+@overload
+def stream(f: Function, batches: Iterable[Any], what: str, to: str | Path, **options: Any) -> Store: ...
+
+
+@overload
+def stream(f: Function, batches: Iterable[Any], what: str = "jacobian", *, to: str | Path, **options: Any) -> Store: ...
+
+
+@overload
+def stream(f: Function, batches: Iterable[Any], what: str = "jacobian", to: None = None, **options: Any) -> Any: ...
 
 
 def stream(
@@ -53,9 +64,10 @@ def stream(
         Each is a tensor, a tuple or list of positional inputs, or a mapping of keyword inputs.
     what
         "jacobian", "norms", "sketch:K": one result for each batch, (n, *out, P), (n, *out) or (n, *out, K), made when it is asked for.
+        A sketch is Gaussian, or of another kind of `Jacobian.sketch`: "sketch:4096:kronecker" forms no rows.
         "sum", "diagonal", "clipped_sum:C", "gram": one tensor for all batches together, (*out, P), (P,), (P,) or (N, *out, N, *out),
-        added in the order of the batches. The inputs of all batches are kept for "gram", whose result is larger than they are; their
-        rows are not.
+        added in the order of the batches, half precision in float32. The inputs of all batches are kept for "gram", whose result is
+        larger than they are; their rows are not.
     to
         A folder: results go into a store there (see `open`), a block for each batch; what it holds already is not computed again.
     loss
@@ -84,7 +96,7 @@ def stream(
     >>> pt.stream(model, data, "sum").shape
     torch.Size([2, 8])
     """
-    name, number = parsed(what)
+    name, how = parsed(what)
     if not options.get("batched", True):
         raise InputError("stream takes batches", got="batched=False", expected="samples along a dimension of every batch")
     of = rows_of(f, loss, options)
@@ -93,27 +105,9 @@ def stream(
         return _stored(f, told, what, Path(to), of, loss, options)
     if name == "gram":
         return _gram(of, told)
-    numbers = () if number is None else (number,)
     if name in ITERATED:
-        return (ITERATED[name](of(inputs_of(batch)), *numbers) for batch in told)
-    return _reduced(REDUCED[name](of(inputs_of(batch)), *numbers) for batch in told)
-
-
-def parsed(what: str) -> tuple[str, str | None]:
-    """The name of a quantity and its number, if it takes one."""
-    name, colon, number = what.partition(":")
-    sized = bool(colon) == (name in WITH_NUMBER) and (not colon or _positive(number, whole=name == "sketch"))
-    if name not in (*ITERATED, *REDUCED, "gram") or not sized:
-        hint = f"{name}:{WITH_NUMBER[name]}" if name in WITH_NUMBER else near(what, WHAT)
-        raise InputError(f"what={what!r} is unknown", got=repr(what), expected=f"one of: {', '.join(WHAT)}", hint=hint)
-    return name, number if colon else None
-
-
-def _positive(text: str, *, whole: bool) -> bool:
-    try:
-        return (int(text) if whole else float(text)) > 0
-    except ValueError:
-        return False
+        return (ITERATED[name](of(inputs_of(batch)), *how) for batch in told)
+    return _reduced(REDUCED[name](of(inputs_of(batch)), *how) for batch in told)
 
 
 def rows_of(f: Function, loss: Callable[..., Any] | None, options: Mapping[str, Any]) -> Callable[[Inputs], Jacobian]:
@@ -151,6 +145,8 @@ def inputs_of(batch: Any) -> Inputs:
 
 def wrapped(batches: Iterable[Any], progress: bool | Callable[[Iterable[Any]], Iterable[Any]]) -> Iterable[Any]:
     """The batches, with a bar that moves as they are taken."""
+    if isinstance(batches, Tensor):
+        raise InputError("the batches are one tensor", got=f"shape {tuple(batches.shape)}", expected="a list of them", hint="x.split(32)")
     if not isinstance(batches, Iterable):
         raise InputError("the batches are not iterable", got=type(batches).__name__, expected="a list of batches, or a DataLoader")
     if progress is False:
@@ -169,13 +165,20 @@ def _reduced(parts: Iterator[Tensor]) -> Tensor:
     """The sum of the parts in their order."""
     total: Tensor | None = None
     for part in parts:
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))  # (in half precision a long sum stands still)
         if total is None:
-            total = part
-        elif total.requires_grad or part.requires_grad:
-            total = total + part
+            total = wide
+        elif total.shape != part.shape:
+            raise InputError(
+                "the results of the batches have several shapes, and cannot be added",
+                got=f"{tuple(total.shape)}, then {tuple(part.shape)}",
+                expected="outputs of one shape for each sample, and the same parameters",
+            )
+        elif total.requires_grad or wide.requires_grad or total.dtype != wide.dtype:
+            total = total + wide
         else:
-            total.add_(part)
-        del part
+            total.add_(wide)
+        del part, wide
     if total is None:
         raise _nothing()
     return total
@@ -183,7 +186,7 @@ def _reduced(parts: Iterator[Tensor]) -> Tensor:
 
 def _gram(of: Callable[[Inputs], Jacobian], batches: Iterable[Any]) -> Tensor:
     """J J^T of all batches; the rows of two are held at a time."""
-    kept = [inputs_of(batch) for batch in batches]
+    kept = [_kept(inputs_of(batch)) for batch in batches]
     if not kept:
         raise _nothing()
     blocks: list[list[Tensor]] = [[] for _ in kept]
@@ -196,6 +199,13 @@ def _gram(of: Callable[[Inputs], Jacobian], batches: Iterable[Any]) -> Tensor:
             blocks[i].append(pair)
             blocks[j].append(pair.permute(*range(lead, 2 * lead), *range(lead)))
     return torch.cat([torch.cat(row, lead) for row in blocks])
+
+
+def _kept(inputs: Inputs) -> Inputs:
+    """Inputs that stay as they are, whoever fills the tensors of a batch anew for the next; what carries a graph is not copied."""
+    tensors = [tensor if tensor.requires_grad else tensor.clone() for _, tensor in walk(inputs, "")]
+    copied: Inputs = rebuild(inputs, iter(tensors))
+    return copied
 
 
 def _nothing() -> InputError:
@@ -214,7 +224,6 @@ def _stored(
     """The results in a store, a block for each batch."""
     from .store import open_store
     from .store.produce import write_batches
-    from .store.work import WHAT as STORED
     from .store.work import Work, identity
 
     if parsed(what)[0] in ("gram", "clipped_sum"):
@@ -228,7 +237,7 @@ def _stored(
     said = {"loss": getattr(loss, "__qualname__", loss), **{name: value for name, value in options.items() if name != "params"}}
 
     def fingerprint(block: int) -> Mapping[str, Any]:
-        return identity(named, what, "batches", None, block, said)
+        return identity(named, what, "batches", None, block, block, said)
 
     config = {"what": what, "options": {name: str(value) for name, value in said.items()}}
     write_batches(path, Work(what, of), (inputs_of(batch) for batch in batches), fingerprint, config)

@@ -141,7 +141,7 @@ def test_both_formulas_of_outer(t: int, s: int, groups: int, layout: Any, size: 
             close(joined(left, left, _gather.each), rows.square().sum(-1))
             close(joined(left, same, _gather.each), (rows * reference(same)).sum(-1))
             close(joined(left, own, _gather.own), torch.einsum("ncp,ndp->ncd", rows, reference(own)))
-        for gram in (_factors._gram_by_pairs, _factors._gram_by_rows):
+        for gram in (_factors._gram_by_pairs, _factors._gram_by_rows, *([_factors._gram_by_dots] if groups == 1 else [])):
             close(gram(left, left), torch.einsum("ncp,mdp->ncmd", rows, rows))
             close(gram(left, other), torch.einsum("ncp,mdp->ncmd", rows, reference(other)))
 
@@ -173,15 +173,17 @@ def test_both_formulas_of_matrix_products(kind: str, forms: bool, size: int | No
 
 def test_the_cheaper_formula_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    for name in ("_joined_by_pairs", "_joined_by_rows", "_gram_by_pairs", "_gram_by_rows"):
+    for name in ("_joined_by_pairs", "_joined_by_rows", "_gram_by_pairs", "_gram_by_dots", "_gram_by_rows"):
         monkeypatch.setattr(_factors, name, lambda *args, name=name: taken.append(name))
     short = Outer(torch.empty(8, 2, 1, 64), torch.empty(8, 3, 2, 1, 64), (64, 64))
+    wide = Outer(torch.empty(8, 4, 1, 64), torch.empty(8, 30, 4, 1, 64), (64, 64))
     long = Outer(torch.empty(8, 64, 1, 4), torch.empty(8, 3, 64, 1, 4), (4, 4))
     for block in (short, long):
         block.squared_norms()
         block.own_gram(block)
         block.gram(block)
-    assert taken == ["_joined_by_pairs", "_joined_by_pairs", "_gram_by_pairs", "_joined_by_rows", "_joined_by_rows", "_gram_by_rows"]
+    wide.gram(wide)
+    assert taken == [*["_joined_by_pairs"] * 2, "_gram_by_dots", *["_joined_by_rows"] * 2, "_gram_by_rows", "_gram_by_pairs"]
 
 
 @given(blocks(), st.lists(st.integers(0, 3), max_size=5))

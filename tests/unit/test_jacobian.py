@@ -228,6 +228,18 @@ def test_clipped_sum_per_parameter(scalar):
         near(found[name], norms)
 
 
+def test_clipped_sum_with_a_bound_for_each_parameter(scalar):
+    bounds = {name: 0.1 * (i + 1) for i, name in enumerate(scalar.R)}
+    expected = [
+        (bounds[name] / (norms + 0.01)).clamp(max=1) @ rows.reshape(len(rows), -1)
+        for name, rows in scalar.R.items()
+        for norms in [rows.reshape(len(rows), -1).norm(dim=1)]
+    ]
+    near(scalar.J.clipped_sum(bounds, per="parameter", epsilon=0.01), torch.cat(expected))
+    rows, norms = scalar.full.reshape(len(scalar.full), -1), scalar.J.norms().reshape(-1)
+    near(scalar.J.clipped_sum(0.5, epsilon=0.01), (0.5 / (norms + 0.01)).clamp(max=1) @ rows)
+
+
 def test_clipped_sum_of_zero_rows(method):
     w = data(3).requires_grad_()
     J = pt.jacobian(lambda x, w: (x * 0) @ w, data(4, 3), w, method=method, check="never")

@@ -196,7 +196,14 @@ def test_whole_text_of_the_jacobian(name):
 
 def test_clipping_words():
     J = pt.jacobian(torch.nn.Linear(3, 1), torch.ones(2, 3), check="never")
-    for options in ({"max_norm": 0}, {"max_norm": -1.0}, {"max_norm": 1.0, "per": "layer"}):
+    bounds = dict.fromkeys(J.names, 1.0)
+    wrong = [{"max_norm": 0}, {"max_norm": -1.0}, {"max_norm": 1.0, "per": "layer"}, {"max_norm": 1.0, "epsilon": -1.0}]
+    wrong += [
+        {"max_norm": bounds},
+        {"max_norm": {"weight": 1.0}, "per": "parameter"},
+        {"max_norm": bounds | {"bias": 0}, "per": "parameter"},
+    ]
+    for options in wrong:
         with pytest.raises(pt.InputError, match="clipped_sum is not understood"):
             J.clipped_sum(**options)
 

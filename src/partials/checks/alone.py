@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from .._algebra import sum_of
 from .._part import part
 from .._typing import Tensor
 from .agreement import flat_rows
@@ -39,6 +40,7 @@ def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
         return
     sides = replace(sides, v={})
     error, rounded, worst = 0.0, False, dict[str, Gap]()
+    runs: list[tuple[int, Identities]] = []
     for n in dict.fromkeys([*subject.draws.choice(range(problem.size), COUNT), *odd[:ODD]]):
         found = _apart(sides, n)
         if found is None:
@@ -46,7 +48,16 @@ def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
         single, kept = found
         found_error, above = same_alone(subject, n, single.values[0], own)
         error, rounded = max(error, found_error), rounded or above
-        identities = Identities(sides, single, u[kept] * (torch.arange(len(kept), device=u.device) == 0)[:, None], kept)
+        runs.append((n, Identities(sides, single, u[kept] * (torch.arange(len(kept), device=u.device) == 0)[:, None], kept)))
+    usual = [identities for n, identities in runs if n not in odd]
+    together = _together(sides, usual) if len(usual) > 1 else {}
+    if any(gap.over(subject.tolerance) > 1 for gap in together.values()):
+        together = {}
+    for (_, name), gap in together.items():
+        worst[name] = gap
+    for n, identities in runs:
+        if together and n not in odd:
+            continue
         gaps = by_rows(identities, 0) if n in odd else identities.gaps()
         failing = {key: gap for key, gap in gaps.items() if gap.over(subject.tolerance) > 1}
         for (check, name), gap in gaps.items():
@@ -58,6 +69,14 @@ def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
     subject.row("alone", "values", error, passed=True, remark=ROUNDED if rounded else "")
     for name, gap in worst.items():
         subject.row("alone", name, gap.error, tolerance=subject.tolerance.summing(gap.terms))
+
+
+def _together(sides: Sides, runs: list[Identities]) -> dict[Key, Gap]:
+    """Gaps of the sum of several runs: one comparison for all; where it is too large, each is looked at by itself."""
+    inputs = {t.name for t in sides.subject.problem.inputs}
+    own = [run.call.gradients(run.u) for run in runs]
+    joined = {name: torch.cat([g[name] for g in own]) if name in inputs else sum_of(g[name] for g in own) for name in own[0]}
+    return sides.gaps(joined, torch.cat([run.u for run in runs]), [n for run in runs for n in run.kept or ()])
 
 
 def _halves(subject: Subject, own: Tensor) -> float:

@@ -31,13 +31,12 @@ class Draws:
         return numbers + numbers.sign() / 2
 
     def spread(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Numbers of random sign between 1/2 and 3/2, made of a vector for each dimension: cheap where there are millions."""
-        sizes, signs = self._uniform(1, like).view((1,) * len(shape)), self.normal((1,) * len(shape), like).sign()
+        """A product of one vector for each dimension, of numbers of random sign between 1/2 and 3/2: cheap where there are millions."""
+        found = (self._uniform(1, like) + 0.5).view((1,) * len(shape)) * self.normal((1,) * len(shape), like).sign()
         for dim, length in enumerate(shape):
-            tail = (1,) * (len(shape) - 1 - dim)
-            sizes = sizes + self._uniform(length, like).view(-1, *tail)
-            signs = signs * self.normal((length,), like).sign().view(-1, *tail)
-        return (sizes.frac() + 0.5) * signs
+            vector = (self._uniform(length, like) + 0.5) * self.normal((length,), like).sign()
+            found = found * vector.view(-1, *(1,) * (len(shape) - 1 - dim))
+        return found
 
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
         wide = torch.float64 if like.dtype is torch.float64 else torch.float32

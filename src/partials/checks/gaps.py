@@ -9,7 +9,7 @@ NOTE on products. J^T u is compared with the ordinary backward, and u.(J v) with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .._blocks import Block
 from .._pullback import Pullback
 from .._typing import Tensor
 from .subject import Subject
-from .tolerance import Tolerance, apart, distance, over, typical
+from .tolerance import Tolerance, apart, distance, dot, over, typical
 
 Key = tuple[str, str]
 """(check, parameter)."""
@@ -47,6 +47,10 @@ class Sides:
     squares: dict[str, Tensor]
     v: dict[str, Tensor]
     """A vector for each parameter whose product is compared."""
+    few: list[int] | None = None
+    """The samples on which products are compared where all samples are summed; None for all of them."""
+    medians: dict[str, Tensor] = field(default_factory=dict)
+    """The median sample's square of each target, as far as it was asked for."""
 
     def gaps(
         self, own: Mapping[str, Tensor], u: Tensor, samples: Sequence[int] | None, names: Sequence[str] | None = None
@@ -65,17 +69,26 @@ class Sides:
             scale, mine = self.scale(name, u, samples), weighted(group, u)
             found["backward", name] = Gap(ratio(distance(mine, own[name]), scale), u.numel())
             if name in self.v:
-                found["product", name] = Gap(gap_of_product(group, u, self.v[name], scale, mine), u.numel())
+                few = self.few if samples is None else None
+                gap = gap_of_product(group, u, self.v[name], scale, mine) if few is None else self._product(name, u, few)
+                found["product", name] = Gap(gap, u.numel() if few is None else u[few].numel())
         return found
+
+    def _product(self, name: str, u: Tensor, samples: list[int]) -> float:
+        index = torch.tensor(samples, dtype=torch.int64, device=u.device)
+        group = tuple(block.select(index) for block in self.subject.blocks[name])
+        return gap_of_product(group, u[samples], self.v[name], self.scale(name, u[samples], samples))
 
     def scale(self, name: str, u: Tensor, samples: Sequence[int] | None) -> Tensor:
         """sqrt(sum_nc |u_nc J_nc|^2) of a target over some samples, that of as many median samples at least."""
         own = self._each(name, u, samples).sum()
         if samples is None:
             return own.sqrt()
-        peers = self.squares[name].sum(1)  # (a row that happens to cancel is judged beside them)
-        peers = peers[peers.isfinite()]
-        return torch.maximum(own, peers.median() * u.double().square().sum() / u.shape[1]).sqrt() if len(peers) else own.sqrt()
+        if name not in self.medians:  # (a row that happens to cancel is judged beside its peers)
+            peers = self.squares[name].sum(1)
+            peers = peers[peers.isfinite()]
+            self.medians[name] = peers.median() if len(peers) else peers.new_zeros(())
+        return torch.maximum(own, self.medians[name] * u.double().square().sum() / u.shape[1]).sqrt()
 
     def _each(self, name: str, u: Tensor, samples: Sequence[int] | None) -> Tensor:
         squares = self.squares[name] if samples is None else self.squares[name][samples]
@@ -110,7 +123,7 @@ def pushed(group: tuple[Block, ...], u: Tensor, v: Tensor) -> Tensor:
 def gap_of_product(group: tuple[Block, ...], u: Tensor, v: Tensor, scale: Tensor, mine: Tensor | None = None) -> float:
     """|u.(J v) - (J^T u).v| over the scale; `mine` is J^T u where it is known."""
     mine = weighted(group, u) if mine is None else mine
-    return ratio(apart(pushed(group, u, v), (mine * v).sum(dtype=torch.float64)).abs(), scale)
+    return ratio(apart(pushed(group, u, v), dot(mine, v)).abs(), scale)
 
 
 def in_dtype(block: Any, dtype: torch.dtype) -> Any:
@@ -118,7 +131,7 @@ def in_dtype(block: Any, dtype: torch.dtype) -> Any:
     if isinstance(block, Pullback):
         return replace(block, inner_block=in_dtype(block.inner_block, dtype))
     if isinstance(block, Block):
-        cast = {field.name: in_dtype(getattr(block, field.name), dtype) for field in fields(block)}  # type: ignore[arg-type]
+        cast = {entry.name: in_dtype(getattr(block, entry.name), dtype) for entry in fields(block)}  # type: ignore[arg-type]
         return replace(block, **cast)  # type: ignore[type-var]
     if isinstance(block, tuple) and any(isinstance(part, Block | tuple) for part in block):
         return tuple(in_dtype(part, dtype) for part in block)

@@ -26,6 +26,8 @@ from .subject import Subject
 from .values import values
 
 LEVELS = ("quick", "full", "deep")
+FEW = 16
+"""Random samples of a larger batch on which J v is compared with J^T u: both take the same way for every sample."""
 
 
 def inspect(problem: Problem, method: str = "auto", level: str = "quick", jacobian: Any = None) -> Report:
@@ -96,7 +98,8 @@ def quick(subject: Subject) -> None:
         return
     used = [t.name for t, g in zip(problem.targets, gradients, strict=True) if g is not None]
     report.zeros += [name for name in used if name in squares and not squares[name].any()]
-    sides = Sides(subject, squares, vectors(subject))
+    few = subject.draws.choice(range(problem.size), FEW) if problem.size >= 4 * FEW else None
+    sides = Sides(subject, squares, vectors(subject), few)
     identities = Identities(sides, own, local, kept)
     if odd and kept is None:
         _row_by_row(identities, odd)

@@ -59,7 +59,7 @@ def _custom(out: torch.Tensor) -> bool:
     return False
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Notes the coarsest floating dtype that any torch function returns."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -78,7 +78,7 @@ class _Watch(TorchFunctionMode):
 def inside(problem: Problem) -> tuple[torch.dtype, str]:
     """(the coarsest dtype that f computes in, its name); TF32 counts as float16, whose precision it has."""
     device = problem.targets[0].tensor.device
-    watch = _Watch(coarsest(*(t.tensor.dtype for t in problem.targets)))
+    watch = Watch(coarsest(*(t.tensor.dtype for t in problem.targets)))
     with watch, drawn_from(problem.random_state, device):
         problem()
     tf32 = device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)

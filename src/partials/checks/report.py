@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from .._errors import CheckError
+from .._plan import Plan
 from .._typing import Shape
+from ..html import of_report
 
 ABOUT = {
     "shape": "blocks against samples, outputs and parameter shapes",
@@ -111,6 +113,10 @@ class Report:
     notes: list[str] = field(default_factory=list)
     zeros: list[str] = field(default_factory=list)
     """Parameters that f uses and whose rows were all zero."""
+    plan: Plan | None = None
+    """How the Jacobian came about."""
+    machine: dict[str, Any] = field(default_factory=dict)
+    """Versions, processor and threads."""
 
     @property
     def passed(self) -> bool:
@@ -149,7 +155,7 @@ class Report:
             got=f"an error of {_percent(first.error)} of the row, {first.size}"
             + (f": {first.told}" if first.told else "")
             + (f"; {first.remark}" if first.remark and first.remark != first.told else ""),
-            expected=f"at most {first.tolerance:.2g} ({first.reason}); {ABOUT[first.check.split()[0]]}",
+            expected=f"at most {first.tolerance:.2g} ({first.reason}); {self.about(first.check)}",
             hint="print(error.report); another method, such as method='loop'; please report it, since your function is not at fault",
         )
         error.report = self
@@ -168,17 +174,36 @@ class Report:
             "dtype": self.dtype,
             "seed": self.seed,
             "passed": self.passed,
+            "machine": dict(self.machine),
             "notes": list(self.notes),
             "rows": [_row_to_dict(row) for row in self.rows],
         }
 
+    def to_html(self) -> str:
+        """One self-contained page: checks, parameters, what failed and where, the plan and the machine; no script, nothing fetched."""
+        return of_report(self)
+
+    @property
+    def title(self) -> str:
+        """What was checked."""
+        counts = f"{_counted(self.samples, 'sample')}, {_counted(torch.Size(self.outputs).numel(), 'output')}"
+        return f"Jacobian of {self.function} by {self.method!r}, {counts}, {self.dtype}"
+
+    @property
+    def verdict(self) -> str:
+        return f"{self.level} check " + ("passed" if self.passed else f"FAILED in {len(self.failures)} of {len(self.rows)} rows")
+
+    def summary(self, check: str) -> tuple[int, Row]:
+        """How many rows a check has, and the one that failed or came nearest to it."""
+        rows = [row for row in self.rows if row.check == check]
+        return len(rows), max(rows, key=lambda row: (not row.passed, row.error))
+
+    def about(self, check: str) -> str:
+        """What a check compares."""
+        return ABOUT[check.split()[0]]
+
     def __str__(self) -> str:
-        outputs = torch.Size(self.outputs).numel()
-        verdict = "passed" if self.passed else f"FAILED in {len(self.failures)} of {len(self.rows)} rows"
-        lines = [
-            f"Jacobian of {self.function} by {self.method!r}, {_counted(self.samples, 'sample')}, {_counted(outputs, 'output')}, "
-            f"{self.dtype}: {self.level} check {verdict}"
-        ]
+        lines = [f"{self.title}: {self.verdict}"]
         lines.append(_line("check", "rows", "worst error", "allowed", "worst in"))
         for check in dict.fromkeys(row.check for row in self.rows):
             lines += self._lines(check)
@@ -190,11 +215,10 @@ class Report:
     __repr__ = __str__
 
     def _lines(self, check: str) -> list[str]:
-        rows = [row for row in self.rows if row.check == check]
-        worst = max(rows, key=lambda row: (not row.passed, row.error))
+        count, worst = self.summary(check)
         place = worst.parameter if worst.where is None else f"{worst.parameter}, {worst.where}"
-        lines = [_line(check, str(len(rows)), worst.size, worst.allowed, place, worst.verdict)]
-        explained = [row for row in rows if row.verdict == "explained"]
+        lines = [_line(check, str(count), worst.size, worst.allowed, place, worst.verdict)]
+        explained = [row for row in self.rows if row.check == check and row.verdict == "explained"]
         return lines + [f"    {row.parameter}: {row.remark}" for row in explained[:SHOWN]]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import _algebra
+from .. import _algebra, _machine
 from .._algebra import Blocks
 from .._blocks import Block
 from .._plan import Plan
@@ -48,6 +48,7 @@ class Subject:
         outputs = tuple(values.shape[1:] if problem.batched else values.shape)
         numbers = Draws(draws.fresh_seed())
         report = Report(problem.name, method, level, problem.size, outputs, name_of(lowest), numbers.seed)
+        report.plan, report.machine = J.plan, _machine.describe(values.device)
         flat = values.reshape(len(values) if problem.batched else 1, torch.Size(outputs).numel())
         subject = cls(problem, method, flat, dict(blocks), numbers, report, Tolerance(lowest), problem.targets)
         subject.targets = tuple(t for t in problem.targets if _fits(subject, t))

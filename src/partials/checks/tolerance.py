@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import sqrt
 
@@ -14,6 +15,9 @@ FACTOR = 64
 WORST = {"independence": 8, "values": 8, "backward": 12, "product": 14, "alone": 8}
 """The worst error in eps of float32 over 1000 seeds of the healthy networks of docs/checks.md in which nothing cancels, rounded up."""
 
+PIECE, PART, SMALL, LARGE = 2**18, 4096, 1e-12, 1e15
+"""Entries of a piece, and of a part, whose norm is taken in float32; and between what norms it can be: beyond, squares lose digits
+or overflow."""
 
 PER_ROOT = 4
 """A sum of K random terms, added up one after the other, is off by about eps sqrt(K / 2) of its size: allowed is eps times this sqrt(K)."""
@@ -57,10 +61,33 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def size(t: Tensor, *, samples: bool = False) -> Tensor:
-    """The Euclidean norm in float64: of everything, or of each sample's part, (N, ...) -> (N,)."""
-    if samples:
-        return torch.linalg.vector_norm(t.reshape(len(t), t[0].numel() if len(t) else 0), dim=1, dtype=torch.float64)
-    return torch.linalg.vector_norm(t.reshape(-1), dtype=torch.float64)
+    """The Euclidean norm in float64: of everything, or of each sample's part, (N, ...) -> (N,).
+
+    Of float32 in parts of `PART` entries, each in float32, which is many times as quick; rows whose squares could leave its range in
+    float64 throughout.
+    """
+    if not samples and t.numel() <= PART and t.dtype is torch.float32:
+        quick = torch.linalg.vector_norm(t)
+        if SMALL < float(quick) < LARGE:
+            return quick.double()
+    rows = t.reshape(len(t), t[0].numel() if len(t) else 0) if samples else t.reshape(1, -1)
+    if rows.dtype is torch.float32 and rows.numel():
+        found = _by_parts(rows)
+        if (odd := ~((found > SMALL) & (found < LARGE))).any():
+            found[odd] = torch.linalg.vector_norm(rows[odd], dim=1, dtype=torch.float64)
+    else:
+        found = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return found if samples else found[0]
+
+
+def _by_parts(rows: Tensor) -> Tensor:
+    whole = rows.shape[1] // PART * PART
+    if not whole:
+        return torch.linalg.vector_norm(rows, dim=1).double()
+    parts = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, PART)), dim=2)
+    if whole < rows.shape[1]:
+        parts = torch.cat([parts, torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)], 1)
+    return torch.linalg.vector_norm(parts, dim=1, dtype=torch.float64)
 
 
 def apart(left: Tensor, right: Tensor) -> Tensor:
@@ -76,8 +103,25 @@ def apart(left: Tensor, right: Tensor) -> Tensor:
 
 def distance(left: Tensor, right: Tensor, *, samples: bool = False) -> Tensor:
     """The size of left - right, of everything or of each sample's part, where equal infinities and NaN are no difference."""
-    found = size(left - right, samples=samples)
+    if samples or left.shape != right.shape or left.numel() <= PIECE:
+        found = size(left - right, samples=samples)
+    else:
+        found = torch.stack([size(x - y) for x, y in _pieces(left, right)]).norm()
     return found if bool(found.isfinite().all()) else size(apart(left, right), samples=samples)
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """The inner product of two tensors in float64; of float32 by pieces, each summed pairwise."""
+    wide = torch.promote_types(left.dtype, right.dtype)
+    within = None if wide is torch.float32 else torch.float64
+    if left.numel() <= PIECE:
+        return (left * right).sum(dtype=within).double()
+    return torch.stack([(x * y).sum(dtype=within).double() for x, y in _pieces(left, right)]).sum()
+
+
+def _pieces(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in flat pieces that a cache holds, so that what is computed from them needs no fresh memory."""
+    return zip(left.reshape(-1).split(PIECE), right.reshape(-1).split(PIECE), strict=True)
 
 
 def over(error: Tensor, scale: Tensor) -> Tensor:

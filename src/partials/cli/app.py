@@ -21,6 +21,7 @@ from .storing import run as run_command
 if TYPE_CHECKING:
     from partials._compare import Comparison
 
+Html = Annotated[Path | None, typer.Option("--html", help="Write a self-contained page to this file: tables, pictures, plan, machine.")]
 LEVELS = ("quick", "full", "deep")
 EPILOG = (
     "Exit codes: 0 well, 1 a check failed, 2 usage, 3 refused, 130 interrupted. "
@@ -86,6 +87,7 @@ def compare(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed runs of each method; slow methods get fewer.")] = 7,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the table as Markdown to this file.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a picture of the times to this file.")] = None,
+    html: Html = None,
 ) -> None:
     """Time every method on MODEL and DATA, beside its worst error and peak memory."""
     if plot is not None:
@@ -100,6 +102,7 @@ def compare(
         comparison = compare_methods(problem, names, repeats=repeats, progress=report)
     print(comparison.to_json() if asked.json else comparison)
     _write(comparison, markdown, plot)
+    _write_html(comparison, html)
     if comparison.fastest is None:
         say("no method could compute this")
         raise typer.Exit(REFUSED)
@@ -111,6 +114,7 @@ def check(
     asked: Asked,
     level: Annotated[str, typer.Option("--level", help="quick, full (every method against the float64 loop) or deep.")] = "quick",
     method: Method = "auto",
+    html: Html = None,
 ) -> None:
     """Compute the Jacobian and compare it with independent computations; exit code 1 where they disagree."""
     if level not in LEVELS:
@@ -124,6 +128,7 @@ def check(
         report(f"checking ({level})")
         found = inspected(problem, method, level)
     _print(found, asked.json)
+    _write_html(found, html)
     if not found.passed:
         raise typer.Exit(CHECK_FAILED)
 
@@ -156,6 +161,13 @@ def _write(comparison: Comparison, markdown: Path | None, plot: Path | None) -> 
     if plot is not None:
         comparison.plot(plot)
         say(f"picture written to {plot}")
+
+
+def _write_html(found: Any, path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(found.to_html(), encoding="utf-8")
+        say(f"page written to {path}")
 
 
 def _demand_matplotlib() -> None:

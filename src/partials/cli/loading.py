@@ -17,13 +17,15 @@ from partials._errors import InputError, near
 from .faults import ForeignError, shown
 
 FILES = (".npy", ".npz", ".safetensors")
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+PICKLES = (".pt", ".pt2", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 FORMS = "FILE.py:NAME or MODULE:NAME"
 _LOADED: dict[Path, ModuleType] = {}
 
 
 def model(spec: str) -> Any:
-    """A module or function: the attribute itself, or what it returns if it needs no arguments."""
+    """A module or function: the attribute itself, or what it returns if it needs no arguments; of a folder, the model saved there."""
+    if Path(spec).is_dir():
+        return _pretrained(Path(spec))
     found = made(spec, attribute(spec))
     if not callable(found):
         raise InputError(
@@ -32,6 +34,19 @@ def model(spec: str) -> Any:
             expected="an nn.Module, a function, or a function without arguments that returns one",
         )
     return found
+
+
+def _pretrained(folder: Path) -> Any:
+    try:
+        from partials.adapters import huggingface
+    except ModuleNotFoundError:
+        raise InputError(
+            f"{folder} is a folder, and models saved in one need transformers",
+            got="no module named 'transformers'",
+            expected=FORMS,
+            hint="pip install 'partials[huggingface]'",
+        ) from None
+    return huggingface.load(folder)
 
 
 def data(spec: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

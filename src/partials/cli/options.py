@@ -22,13 +22,16 @@ class Asked:
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="FILE.py:NAME or MODULE:NAME: a module or function, or a function without arguments that returns one."
+            metavar="MODEL",
+            help="FILE.py:NAME or MODULE:NAME: a module or function, or a function without arguments that returns one; "
+            "or a folder that save_pretrained wrote.",
         ),
     ]
     data: Annotated[list[str], typer.Option("--data", "-d", help=".npy, .npz, .safetensors, or FILE.py:NAME; several are inputs in order.")]
     target: Annotated[str | None, typer.Option("--target", help="Data that the loss compares with.")] = None
     loss: Annotated[
-        str | None, typer.Option("--loss", help="A function of torch.nn.functional, or FILE.py:NAME: differentiate the loss.")
+        str | None,
+        typer.Option("--loss", help="A function of torch.nn.functional, FILE.py:NAME, or labels (the loss of a saved model's head)."),
     ] = None
     params: Annotated[str | None, typer.Option("--params", help="FILE.py:NAME of the tensors that MODEL uses from outside.")] = None
     wrt: Annotated[list[str] | None, typer.Option("--wrt", help="Names or globs of what to differentiate; may be repeated.")] = None

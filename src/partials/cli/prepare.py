@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from .faults import ForeignError
 from .options import Asked
 
 LOSSES = [name for name in dir(F) if name.endswith(("_loss", "cross_entropy", "_div", "_logits")) and not name.startswith("_")]
+OF_HEAD = {"labels": "mean", "labels-sum": "sum"}
+"""The losses of the head of a model of transformers, by what is done over a sample's labels."""
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -35,7 +38,8 @@ def problem_of(asked: Asked) -> Problem:
     if asked.target is not None:
         kwargs["target"] = loading.value(asked.target)
     options: dict[str, Any] = {"params": params, "wrt": asked.wrt or None, "loss": loss, "batched": not asked.single}
-    options |= {"output": _output(asked.output), "max_memory": asked.max_memory, "randomness": asked.randomness}
+    kwargs = with_labels(asked, kwargs)
+    options |= {"output": output_of(asked), "max_memory": asked.max_memory, "randomness": asked.randomness}
     if asked.in_dims is not None:
         options["in_dims"] = in_dims(asked.in_dims)
     problem = _problem(f, tuple(change(a) for a in args), options | {"kwargs": {name: change(value) for name, value in kwargs.items()}})
@@ -48,7 +52,7 @@ def problem_of(asked: Asked) -> Problem:
 def function_of(asked: Asked) -> tuple[Any, Any, Callable[..., Any] | None, Callable[[Any], Any]]:
     """(model, tensors it uses from outside, loss, what makes an input fit it): loaded, in its mode, cast and moved as asked."""
     f = loading.model(asked.model)
-    loss = None if asked.loss is None else _loss(asked.loss)
+    loss = None if asked.loss is None else _of_head(asked.loss, f) if asked.loss in OF_HEAD else _loss(asked.loss)
     if asked.target is not None and loss is None:
         raise InputError("a target is compared by a loss", got="--target without --loss", expected="both", hint="--loss cross_entropy")
     if asked.training is not None:
@@ -87,8 +91,30 @@ def _dim(word: str) -> int | None:
     return None if word.strip().lower() == "none" else int(word)
 
 
-def _output(text: str | None) -> Any:
+def output_of(asked: Asked) -> Any:
+    """What `--output` says; of a model saved in a folder, its logits."""
+    text = asked.output
+    if text is None and Path(asked.model).is_dir():
+        return "logits"
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+def with_labels(asked: Asked, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The labels among the data as the target, where the loss is that of the model's own head."""
+    if asked.loss not in OF_HEAD or asked.target is not None:
+        return kwargs
+    if "labels" not in kwargs:
+        names = f"data named {', '.join(kwargs)}" if kwargs else "data without names"
+        raise InputError(f"--loss {asked.loss} compares with labels", got=names, expected="labels among the data, or --target")
+    return {**{name: value for name, value in kwargs.items() if name != "labels"}, "target": kwargs["labels"]}
+
+
+def _of_head(spec: str, f: Any) -> Callable[..., Any]:
+    try:
+        from partials.adapters import huggingface
+    except ModuleNotFoundError:
+        raise InputError(f"--loss {spec} is for models of transformers", got=type(f).__name__, expected="transformers") from None
+    return huggingface.loss_of(_demand_module(f, f"--loss {spec}"), OF_HEAD[spec])
 
 
 def _loss(spec: str) -> Callable[..., Any]:

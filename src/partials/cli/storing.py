@@ -7,10 +7,11 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,7 +37,7 @@ EVERY = 5.0
 def run(
     asked: Asked,
     out: Annotated[Path, typer.Option("--out", "-o", help="The store: a new folder, or with --resume one of the same run.")],
-    what: Annotated[str, typer.Option("--what", help="jacobian, norms, sum, gram, diagonal or sketch:K.")] = "jacobian",
+    what: Annotated[str, typer.Option("--what", help="jacobian, norms, sum, gram, diagonal, sketch:K or sketch:K:KIND.")] = "jacobian",
     engine: Annotated[str, typer.Option("--engine", help="local (also under torchrun, SLURM, Kubernetes), or ray.")] = "local",
     address: Annotated[str | None, typer.Option("--address", help="An existing Ray cluster; without it one is started here.")] = None,
     weights: Annotated[Path | None, typer.Option("--weights", help="A .safetensors file to load into the model.")] = None,
@@ -47,17 +48,19 @@ def run(
     """Compute a quantity for every sample of DATA and write it to a store that survives interruption."""
     if engine not in ENGINES:
         raise InputError(f"engine {engine!r} is unknown", got=engine, expected=f"one of: {', '.join(ENGINES)}", hint=near(engine, ENGINES))
+    from partials._what import STORED, parsed
     from partials.distribute import job as jobs
     from partials.distribute.ranks import place
     from partials.store.produce import Stopped
-    from partials.store.work import demand_known
 
-    demand_known(what)
+    parsed(what, STORED)
     here = place()
-    make = partial(job_of, asked, str(out.resolve()), what, None if weights is None else str(weights.resolve()), block, here.local)
-    made = make()
+    make = partial(job_of, out=str(out.resolve()), what=what, weights=_whole(weights), block=block, local=here.local)
+    made = make(asked)
     if dry_run:
-        print(_outlook(made, asked.json))
+        from .outlook import outlook
+
+        print(outlook(made, asked.json))
         return
     start, stop = time.perf_counter(), Stop()
     with stop, _told() as tell:
@@ -65,15 +68,17 @@ def run(
             if engine == "ray":
                 from partials.distribute import ray
 
-                done = ray.run(made, make, resume=resume, address=address, tell=tell, stopping=stop.asked)
+                gpus = int((asked.device or "").startswith("cuda"))
+                again = partial(make, elsewhere(asked))
+                done = ray.run(made, again, resume=resume, address=address, gpus=gpus, tell=tell, stopping=stop.asked)
             else:
                 done = jobs.local(made, here, resume=resume or here.world > 1, tell=tell, stopping=stop.asked)
-        except Stopped:
+        except (Stopped, KeyboardInterrupt):
             say(f"interrupted: finished blocks are kept; go on with\n  {_resuming()}")
             raise typer.Exit(INTERRUPTED) from None
     checked = jobs.recompute(made, jobs.RECOMPUTED) if here.rank == 0 else []
     wrong = [(n, error) for n, error, tolerance in checked if not error <= tolerance]
-    _summary(made, done, time.perf_counter() - start, len(checked), asked.json)
+    _summary(made, done, time.perf_counter() - start, len(checked), not wrong, asked.json)
     if wrong:
         say(f"sample {wrong[0][0]} comes out otherwise when it is computed again alone: off by {wrong[0][1]:.1e} of its norm")
         raise typer.Exit(CHECK_FAILED)
@@ -101,7 +106,7 @@ def info(
             return
         print(repr(found))
         for name, shape in table.items():
-            print(f"  {name:<40} {tuple(shape)}")
+            print(f"  {name if name.isprintable() else ascii(name):<40} {tuple(shape)}")
         for remark in found.remarks:
             print(f"  note: {remark}")
         for start, stop in found.missing[:8]:
@@ -131,9 +136,7 @@ def verify(
             if model is None or not data:
                 raise InputError("--recompute needs the model and the data", got="neither from the store", expected="--model and --data")
             asked = Asked(model, data, target=target, loss=loss)
-            _recomputed(
-                found, job_of(asked, str(store), found.store.what, None if weights is None else str(weights), None, None), recompute
-            )
+            _recomputed(found, job_of(asked, str(store), found.store.what, _whole(weights), found.store.block, None), recompute)
         print(json_module.dumps(found.to_dict(), indent=2) if json else found)
         if forget and found.findings:
             from partials.store.verify import forget as forgotten
@@ -143,17 +146,18 @@ def verify(
             raise typer.Exit(CHECK_FAILED)
 
 
-def job_of(asked: Asked, out: str, what: str, weights: str | None, block: int | None, local: int | None) -> Job:
+def job_of(asked: Asked, out: str, what: str, weights: str | None, block: int | None, local: int | None = None) -> Job:
     """The job that the options describe: the same in every worker."""
     import torch
 
     import partials as pt
     from partials._plan import parse_bytes
     from partials.distribute.job import job
+    from partials.store.fingerprint import of_inputs
     from partials.store.produce import BUFFERS
 
     from . import prepare
-    from .sources import data_of
+    from .sources import data_of, dims_of
 
     if asked.single:
         raise InputError("a run is over many samples", got="--single", expected="data with samples first")
@@ -163,15 +167,23 @@ def job_of(asked: Asked, out: str, what: str, weights: str | None, block: int | 
     if weights is not None:
         _load(f, Path(weights))
     specs = [*asked.data, asked.target] if asked.target is not None else asked.data
-    options: dict[str, Any] = {"params": params, "wrt": asked.wrt or None, "output": prepare._output(asked.output)}
+    options: dict[str, Any] = {"params": params, "wrt": asked.wrt or None, "output": prepare.output_of(asked)}
     options |= {"max_memory": asked.max_memory, "randomness": asked.randomness}
     if asked.in_dims is not None:
         options["in_dims"] = prepare.in_dims(asked.in_dims)
 
-    def jacobian(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    def rows(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         if loss is None:
             return pt.jacobian(f, *inputs[0], kwargs=inputs[1], **options)
-        return pt.gradient(f, *inputs[0], loss=loss, kwargs=inputs[1], **options)
+        return pt.gradient(f, *inputs[0], loss=loss, kwargs=prepare.with_labels(asked, inputs[1]), **options)
+
+    def drawing(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        """What is drawn depends on the inputs alone, not on who computes them, or when."""
+        with torch.random.fork_rng():
+            torch.manual_seed(int(of_inputs([*inputs[0], *inputs[1].values()]), 16) % 2**63)
+            return rows(inputs)
+
+    drawn = asked.randomness != "error"
 
     state = {name: t for name, t in f.state_dict().items() if isinstance(t, torch.Tensor)} if isinstance(f, torch.nn.Module) else {}
     named = {name: value for name, value in options.items() if name != "max_memory"} | {"loss": asked.loss}
@@ -179,7 +191,8 @@ def job_of(asked: Asked, out: str, what: str, weights: str | None, block: int | 
     budget = parse_bytes(asked.max_memory)
     most = None if budget is None else budget // (2 * BUFFERS)
     config = {**asdict(asked), "what": what, "weights": weights, "block": block}
-    return job(out, what, jacobian, data_of(specs, change).limited(asked.limit), state, named, config, block=block, most=most)
+    data = data_of(specs, change, dims_of(f, options, loss)).limited(asked.limit)
+    return job(out, what, drawing if drawn else rows, data, state, named, config, block=block, most=most, drawn=drawn)
 
 
 @dataclass
@@ -204,21 +217,53 @@ class Stop:
         if number == signal.SIGINT and self.signals:
             raise KeyboardInterrupt
         self.signals.append(number)
-        say(f"{signal.Signals(number).name}: stopping after the present block")
+        words = f"partials: {signal.Signals(number).name}: stopping; what is computed whole is kept\n"
+        os.write(2, words.encode())  # (a handler may run in the middle of another line's printing)
 
 
 @contextmanager
 def _told() -> Iterator[Callable[[Progress], None]]:
-    """On a terminal a line that is written over; else one every few seconds."""
-    last = [time.perf_counter()]
+    """On a terminal a line that is written over; else one every few seconds, however long a block takes."""
+    known: list[Progress] = []
+    ended = threading.Event()
     with progress() as tell:
 
+        def every() -> None:
+            while not ended.wait(EVERY):
+                tell(str(known[-1]) if known else "at the first block")
+
+        watch = threading.Thread(target=every, name="partials-progress", daemon=True)
+        if not sys.stderr.isatty():
+            watch.start()
+
         def told(state: Progress) -> None:
-            if sys.stderr.isatty() or time.perf_counter() - last[0] > EVERY:
-                last[0] = time.perf_counter()
+            known[:] = [state]
+            if sys.stderr.isatty():
                 tell(str(state))
 
-        yield told
+        try:
+            yield told
+        finally:
+            ended.set()
+
+
+def elsewhere(asked: Asked) -> Asked:
+    """The same with whole paths, for a worker in another folder."""
+    specs = {name: getattr(asked, name) for name in ("model", "target", "loss", "params")}
+    whole: dict[str, Any] = {name: spec if spec is None else _whole_spec(spec) for name, spec in specs.items()}
+    return replace(asked, data=[_whole_spec(spec) for spec in asked.data], **whole)
+
+
+def _whole_spec(spec: str) -> str:
+    """`FILE:NAME` or `FILE` with the whole path of the file, where there is one."""
+    place, colon, name = spec.rpartition(":")
+    if colon and Path(place).is_file():
+        return f"{Path(place).resolve()}:{name}"
+    return str(Path(spec).resolve()) if Path(spec).is_file() else spec
+
+
+def _whole(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())
 
 
 def _load(f: Any, weights: Path) -> None:
@@ -242,36 +287,18 @@ def _load(f: Any, weights: Path) -> None:
         )
 
 
-def _outlook(made: Job, json: bool) -> str:
-    """What a run would do, from one sample."""
-    from partials._plan import human_bytes, human_time
-
-    J = made.work.jacobian(made.data.take(0, 1))
-    cost = J.plan.chosen.cost
-    seconds = cost.seconds * made.data.length if cost else 0.0
-    width = made.arrays[0].row_bytes * made.block
-    memory = 3 * width + (cost.bytes if cost else 0) * made.block
-    found = {"method": J.plan.method, "samples": made.data.length, "blocks": made.blocks, "samples in a block": made.block}
-    found |= {"bytes": made.bytes(), "peak memory": memory, "seconds": seconds}
-    if json:
-        return json_module.dumps(found, indent=2)
-    found |= {"bytes": human_bytes(float(made.bytes())), "peak memory": f"about {human_bytes(float(memory))}"}
-    found |= {"seconds": f"at most about {human_time(seconds)}, estimated from one sample"}
-    return "\n".join(f"{name:<20}{value}" for name, value in found.items())
-
-
-def _summary(made: Job, done: Progress, seconds: float, checked: int, json: bool) -> None:
+def _summary(made: Job, done: Progress, seconds: float, checked: int, equal: bool, json: bool) -> None:
     from partials._plan import human_bytes
 
     fields = {"store": str(made.path), "samples": done.rows, "blocks": done.done, "bytes": done.bytes, "seconds": round(seconds, 3)}
-    fields |= {"nonfinite": done.nonfinite, "recomputed": checked}
+    fields |= {"nonfinite": done.nonfinite, "recomputed": checked, "equal": equal}
     if json:
         print(json_module.dumps(fields, indent=2))
         return
     strange = f", {done.nonfinite} rows with NaN or infinity" if done.nonfinite else ""
     print(
         f"{made.path}: {done.rows} samples in {done.done} blocks, {human_bytes(float(done.bytes))} in {seconds:.1f} s{strange}; "
-        f"{checked} rows computed again" + (", equal" if checked else "")
+        f"{checked} rows computed again" + ("" if not checked else ", equal" if equal else ", not all equal")
     )
 
 

@@ -66,13 +66,16 @@ def multi_dot(run: Run, *tensors: Any) -> Tensor:
     return reduce(torch.matmul, tensors[0] if isinstance(tensors[0], tuple | list) else tensors)
 
 
-@rule(F.linear_cross_entropy, composite=True)
 def linear_cross_entropy(run: Run, input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     """All logits at once: chunks save memory within one call, by a fused derivative that shows no use."""
     if options.get("options") is not None and options.get("reduction", "mean") == "mean":
         why = "a fused mean, whose derivative is not a plain mean's where all targets are ignored, and which asks what requires grad"
         raise NoRule(why, expandable=False)
     return _compat.body_of(F.linear_cross_entropy)(input, linear_weight, target, **{**options, "options": None})
+
+
+if hasattr(F, "linear_cross_entropy"):  # torch 2.11 has none
+    rule(F.linear_cross_entropy, composite=True)(linear_cross_entropy)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 from .._errors import StoreError
 
 PARTIAL = ".partial"
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 _SENTENCES = {
     errno.ENOSPC: ("the disk is full", "free space there, then resume: finished blocks are kept"),
@@ -20,23 +23,26 @@ _SENTENCES = {
     errno.EROFS: ("the file system is read-only", "another folder"),
     errno.EACCES: ("the folder may not be written to", "another folder, or its permissions"),
     errno.EPERM: ("the folder may not be written to", "another folder, or its permissions"),
+    errno.ELOOP: ("it is a link, which would lead out of the store", "another folder"),
+    errno.ENAMETOOLONG: ("its name is too long", "another folder"),
 }
 
 
-def write(path: Path, pieces: Iterable[Any], *, shared: bool = False) -> None:
+def write(path: Path, pieces: Iterable[Any]) -> None:
     """Write the pieces to `path`: afterwards it holds all of them, or what it held before.
 
-    What a killed process left aside is written over by the next that writes the file; with `shared`, several may at once.
+    They are written aside under a name of their own, so that several may write one file at once. What a killed process left aside
+    is for `tidy`.
 
     Raises
     ------
     StoreError
         where the system refuses: a full disk, a read-only folder, a limit on file sizes.
     """
-    aside = path.with_name(f"{path.name}{f'.{os.getpid()}' if shared else ''}{PARTIAL}")
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(6)}{PARTIAL}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        made = _make_folders(path.parent)
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             for piece in pieces:
                 _write_all(descriptor, memoryview(piece))
@@ -44,38 +50,62 @@ def write(path: Path, pieces: Iterable[Any], *, shared: bool = False) -> None:
         finally:
             os.close(descriptor)
         os.replace(aside, path)
-        sync_folder(path.parent)
+        for folder in (path.parent, *made):
+            sync_folder(folder)
     except OSError as error:
         with suppress(OSError):
             aside.unlink()
         raise refused(path, error) from error
 
 
+def tidy(path: Path) -> None:
+    """Remove what killed processes have left beside a file that is whole."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"):
+        with suppress(OSError):
+            left.unlink()
+
+
 def append(path: Path, line: bytes) -> None:
     """Add one line to a file, synced: after a crash it is there whole, or torn at the end, where a reader sees that."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        made = _make_folders(path.parent)
         new = not path.exists()
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINK, 0o666)
         try:
-            _write_all(descriptor, memoryview(line))
+            size = os.fstat(descriptor).st_size
+            try:
+                _write_all(descriptor, memoryview(line))
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(descriptor, size)  # (what has been written of the line takes space that others may need)
+                raise
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        if new:
-            sync_folder(path.parent)
+        for folder in (path.parent, *made) if new else ():
+            sync_folder(folder)
     except OSError as error:
         raise refused(path, error) from error
 
 
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it; the folders that hold the new ones' names."""
+    new = []
+    while not folder.is_dir():
+        new.append(folder)
+        folder = folder.parent
+    for place in reversed(new):
+        place.mkdir(exist_ok=True)
+    return [place.parent for place in new]
+
+
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, and its own name in the folder above, which may be as new."""
-    for place in (folder, folder.parent):
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def refused(path: Path, error: OSError) -> StoreError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,21 +17,34 @@ def of_tensors(named: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in order."""
     digest = hashlib.sha256()
     for name, tensor in named.items():
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode("utf-8", "surrogatepass"))
         digest.update(_raw(tensor))
     return digest.hexdigest()
+
+
+def words_of(value: Any) -> str:
+    """What stands for a value that is no tensor: its representation, without the address, which is another in every process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
 
 
 def of_inputs(values: Iterable[Any]) -> str:
     """A digest of one block's inputs, tensors by their bytes and anything else by its representation."""
     digest = hashlib.sha256()
+    _add(digest, values)
+    return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, values: Iterable[Any]) -> None:
     for value in values:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype}\0{tuple(value.shape)}\0".encode())
             digest.update(_raw(value))
+        elif isinstance(value, tuple | list):
+            _add(digest, value)
+        elif isinstance(value, Mapping):
+            _add(digest, value.values())
         else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()[:16]
+            digest.update(words_of(value).encode("utf-8", "surrogatepass"))
 
 
 def demand_same(found: Mapping[str, Any], expected: Mapping[str, Any], place: str) -> None:

@@ -18,7 +18,7 @@ from .._errors import StoreError
 from .checksum import crc32c
 
 DTYPES = ("float16", "float32", "float64", "complex64", "complex128", "int64")
-LARGEST_HEADER = 64 * 2**20
+LARGEST_HEADER = 16 * 2**20
 """Bytes of a metadata file that are read before anything in it is believed."""
 MISSING = 2**64 - 1
 INNER_BYTES = 4 * 2**20
@@ -120,6 +120,8 @@ def parsed(name: str, text: str) -> Array:
     """
     try:
         meta = json.loads(text)
+        if not isinstance(meta, dict):
+            raise TypeError("no object")
         (codec,) = meta["codecs"]
         shape, chunk, inner = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"], codec["configuration"]["chunk_shape"]
         numbers = [*shape, *chunk, *inner]
@@ -131,7 +133,7 @@ def parsed(name: str, text: str) -> Array:
         if prod(shape) >= 2**63 // 16:
             raise ValueError(f"a shape of {shape}")
         return Array(name, tuple(shape), meta["data_type"], chunk[0], inner[0], meta["attributes"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise StoreError(
             f"the metadata of {name!r} cannot be read",
             got=str(error) or type(error).__name__,

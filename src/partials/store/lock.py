@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .._errors import StoreError
+from .durable import NO_LINK
 
 try:
     import fcntl
@@ -13,6 +18,10 @@ except ImportError:  # not POSIX: runs there are not kept apart
     fcntl = None  # type: ignore[assignment]
 
 FOLDER = "locks"
+PATIENCE = 30.0
+"""Seconds that a worker waits while another makes the store or puts a result together."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems say that have no locks."""
 
 
 class Locks:
@@ -20,32 +29,50 @@ class Locks:
 
     def __init__(self, store: Path, rank: int, world: int) -> None:
         self.held: list[int] = []
-        folder = store / FOLDER
-        folder.mkdir(exist_ok=True)
+        self.remarks: list[str] = []
+        self.store, self.folder = store, store / FOLDER
+        self.folder.mkdir(exist_ok=True)
         try:
-            for other in folder.glob("world-*"):
-                if other.name != f"world-{world}" and not self._take(other, alone=True, keep=False):
-                    raise _busy(store, f"a run of {other.name.removeprefix('world-')} workers")
-            if not self._take(folder / f"world-{world}", alone=world == 1) or not self._take(
-                folder / f"worker-{rank}-of-{world}", alone=True
-            ):
-                raise _busy(store, f"worker {rank} of {world}")
+            with self.alone():  # (else two worlds might each find that the other is not there yet)
+                for other in self.folder.glob("world-*"):
+                    if other.name != f"world-{world}" and not self._take(other, alone=True, keep=False):
+                        raise _busy(store, f"a run of {other.name.removeprefix('world-')} workers")
+                if not self._take(self.folder / f"world-{world}", alone=world == 1) or not self._take(
+                    self.folder / f"worker-{rank}-of-{world}", alone=True
+                ):
+                    raise _busy(store, f"worker {rank} of {world}")
         except BaseException:
             self.release()
             raise
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other worker of any run is within this at the same time: for a moment, to make what belongs to all of them."""
+        end = time.monotonic() + PATIENCE
+        while not self._take(self.folder / "gate", alone=True):
+            if time.monotonic() > end:
+                raise _busy(self.store, f"somebody for more than {PATIENCE:.0f} s")
+            time.sleep(0.01)
+        gate = self.held.pop()
+        try:
+            yield
+        finally:
+            os.close(gate)
 
     def release(self) -> None:
         while self.held:
             os.close(self.held.pop())
 
     def _take(self, path: Path, *, alone: bool, keep: bool = True) -> bool:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                return False
+            self.remarks = ["this file system has no locks: runs into one store are not kept apart here"]
         if keep:
             self.held.append(descriptor)
         else:

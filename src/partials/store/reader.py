@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,18 @@ import numpy
 import torch
 
 from .._columns import Columns
-from .._errors import InputError, StoreError
-from .._plan import human_bytes
+from .._errors import InputError, MemoryBudgetError, StoreError
+from .._machine import share
+from .._plan import LARGE, human_bytes
 from .._rows import Transposed
 from .._typing import Shape, Tensor
 from . import journal
 from .format import Array
-from .writer import array_of, config_of, damaged
+from .metadata import agreeing, array_of, columns_of, config_of, within
+from .writer import damaged, demand_known
 
-MAIN = ("jacobian", "norms", "gram", "sketch", "parts")
+MAPPED = 256
+"""Shards that stay mapped: systems have a limit."""
 
 
 class Store:
@@ -37,12 +40,14 @@ class Store:
         self.path = Path(path)
         if not (self.path / "zarr.json").is_file():
             raise StoreError(f"{path} is no store", got="no zarr.json", expected="a folder that `partials run` or pt.stream(to=...) wrote")
+        self.entries, self.remarks = journal.read(self.path)  # (first: while a run goes on, arrays grow before lines are added)
         record = config_of(self.path)
         self.config: dict[str, Any] = record["config"]
         self.fingerprint: dict[str, Any] = record["fingerprint"]
-        self.arrays: dict[str, Array] = {name: array_of(self.path, name) for name in record["arrays"]}
-        self.entries, self.remarks = journal.read(self.path)
-        self.main = next(self.arrays[name] for name in MAIN if name in self.arrays)
+        self.arrays: dict[str, Array]
+        self.main, self.arrays = agreeing(self.path, {name: array_of(self.path, name) for name in record["arrays"]})
+        demand_known(self.path, self.arrays, self.entries)
+        self.columns: Columns = columns_of(self.main)
         self._maps: dict[tuple[str, int], numpy.ndarray] = {}
 
     @property
@@ -53,12 +58,6 @@ class Store:
     @property
     def out(self) -> Shape:
         return tuple(self.main.attributes["out"])
-
-    @property
-    def columns(self) -> Columns:
-        table: Mapping[str, Any] = self.main.attributes["columns"]
-        shapes = {name: tuple(column["shape"]) for name, column in table.items()}
-        return Columns(shapes, self.main.attributes.get("aliases", {}))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,7 +75,13 @@ class Store:
 
     @property
     def dtype(self) -> torch.dtype:
-        return getattr(torch, self.main.dtype)
+        found: torch.dtype = getattr(torch, self.main.dtype)
+        return found
+
+    @property
+    def _working(self) -> torch.dtype:
+        """Sums of half precision are taken in float32."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def values(self) -> Tensor:
@@ -84,14 +89,30 @@ class Store:
         return self._all(self.arrays["values"]).reshape(len(self), *self.out)
 
     @property
+    def values_width(self) -> int:
+        """C, the number of entries of one sample's output."""
+        return self.arrays["values"].shape[1]
+
+    @property
+    def block(self) -> int:
+        """Samples in a block."""
+        return self.arrays["values"].block
+
+    def rows_of_values(self, samples: slice) -> Tensor:
+        """f's output for some samples: (n, C), NaN where it has not been computed."""
+        a = self.arrays["values"]
+        rows = [self._row(a, n) for n in range(len(self))[samples]]
+        return torch.from_numpy(numpy.stack(rows) if rows else numpy.empty((0, *a.shape[1:]), a.dtype))
+
+    @property
     def missing(self) -> list[tuple[int, int]]:
         """Ranges of samples that have not been computed."""
         found: list[tuple[int, int]] = []
-        per = self.arrays["values"]
-        for block in range(per.blocks):
-            if block not in self.entries:
-                start, stop = per.rows(block)
-                found[-1:] = [(found[-1][0], stop)] if found and found[-1][1] == start else [*found[-1:], (start, stop)]
+        per, last = self.arrays["values"], -1
+        for block in (*sorted(self.entries), per.blocks):
+            if block > last + 1:
+                found.append((per.rows(last + 1)[0], per.rows(block - 1)[1]))
+            last = block
         return found
 
     @property
@@ -103,15 +124,31 @@ class Store:
         self._demand_rows()
         if isinstance(key, str):
             return self._column(key)
-        try:
-            index = torch.arange(len(self))[key]
-        except (IndexError, TypeError):
-            raise InputError(
-                "the index does not choose samples", got=repr(key), expected=f"a parameter's name, or samples within {len(self)}"
-            ) from None
-        rows = [self._row(self.main, int(n)) for n in index.reshape(-1)]
+        shape, numbers = self._chosen(key)
+        self._demand_room(len(numbers) * self.main.row_bytes)
+        rows = [self._row(self.main, n) for n in numbers]
         found = torch.from_numpy(numpy.stack(rows) if rows else numpy.empty((0, *self.main.shape[1:]), self.main.dtype))
-        return found.reshape(*index.shape, *self.shape[1:])
+        return found.reshape(*shape, *self.shape[1:])
+
+    def _chosen(self, key: Any) -> tuple[Shape, Sequence[int]]:
+        """(shape of an index, the samples that it chooses); without a number for each sample of the store, unless it is a mask."""
+        n = len(self)
+        try:
+            if isinstance(key, slice):
+                chosen = range(n)[key]
+                return (len(chosen),), chosen
+            index = torch.as_tensor(key)
+            if index.dtype == torch.bool and tuple(index.shape) == (n,):
+                index = index.nonzero().squeeze(1)
+            index = index.to(torch.int64) if not index.numel() else index
+            numbers = [int(i) for i in index.reshape(-1).tolist()]
+            if index.is_floating_point() or index.dtype == torch.bool or not all(-n <= i < n for i in numbers):
+                raise IndexError
+            return tuple(index.shape), [i % n for i in numbers]
+        except (IndexError, TypeError, ValueError, RuntimeError):
+            raise InputError(
+                "the index does not choose samples", got=repr(key), expected=f"a parameter's name, or samples within {n}"
+            ) from None
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(samples, their rows) block by block, mapped, not copied: (n, *out, ...)."""
@@ -133,9 +170,10 @@ class Store:
             return self.dense()
         self._demand_complete()
         total = numpy.zeros(self.main.shape[1:], self.main.dtype)
-        for block in range(self.main.blocks):  # in order, so that the sum does not depend on who computed what
-            total += self._map(self.main, block)[0]
-        return torch.from_numpy(total).reshape(tuple(self.main.attributes["result"]))
+        with numpy.errstate(all="ignore"):  # (NaN and infinity pass through)
+            for block in range(self.main.blocks):  # in order, so that the sum does not depend on who computed what
+                total += self._map(self.main, block)[0]
+        return torch.from_numpy(total).reshape((*self.out, self.columns.width) if self.what == "sum" else -1)
 
     def norms(self) -> Tensor:
         """The norm of every row: (N, *out)."""
@@ -143,7 +181,7 @@ class Store:
         if self.main.name == "norms":
             return self.dense()
         self._demand("jacobian")
-        return torch.cat([torch.linalg.vector_norm(rows, dim=-1) for _, rows in self.blocks()])
+        return torch.cat([torch.linalg.vector_norm(rows, dim=-1, dtype=self._working) for _, rows in self.blocks()])
 
     def gram(self) -> Tensor:
         """All rows with all rows: (N, *out, N, *out); of sketches, an unbiased estimate of it."""
@@ -152,11 +190,13 @@ class Store:
             return self.dense()
         self._demand("jacobian", "sketch")
         c = prod(self.out)
-        found = torch.empty(len(self), c, len(self), c, dtype=self.dtype)
+        self._demand_room((len(self) * c) ** 2 * self._working.itemsize)
+        found = torch.empty(len(self), c, len(self), c, dtype=self._working)
         for left, mine in self.blocks():
+            flat = mine.flatten(0, -2).to(self._working)
             for right, theirs in self.blocks():
-                product = mine.reshape(-1, mine.shape[-1]) @ theirs.reshape(-1, theirs.shape[-1]).T
-                found[left, :, right] = product.reshape(-1, c, theirs.shape[0], c)
+                product = flat @ theirs.flatten(0, -2).to(self._working).T
+                found[left, :, right] = product.reshape(len(mine), c, len(theirs), c)
         return found.reshape(self.shape[: 1 + len(self.out)] * 2)
 
     def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -164,8 +204,8 @@ class Store:
         self._demand_complete()
         self._demand("jacobian")
         parts, columns = self.columns.vector(v)
-        flat = self.columns.join(parts, 0).to(self.dtype)
-        found = torch.cat([rows @ flat for _, rows in self.blocks()])
+        flat = self.columns.join(parts, 0).to(self._working)
+        found = torch.cat([rows.to(self._working) @ flat for _, rows in self.blocks()])
         return found if columns else found.squeeze(-1)
 
     @property
@@ -179,10 +219,10 @@ class Store:
         lead = (len(self), *self.out)
         if tuple(u.shape[: len(lead)]) != lead or u.ndim > len(lead) + 1:
             raise InputError("u has another shape than the store asks for", got=f"shape {tuple(u.shape)}", expected=f"shape {lead}")
-        total: Tensor = torch.zeros(self.shape[-1], *u.shape[len(lead) :], dtype=self.dtype)
+        total: Tensor = torch.zeros(self.shape[-1], *u.shape[len(lead) :], dtype=self._working)
         for samples, rows in self.blocks():
-            part = u[samples].reshape(-1, *u.shape[len(lead) :]).to(self.dtype)
-            total += rows.reshape(-1, rows.shape[-1]).T @ part
+            part = u[samples].reshape(len(rows) * self.values_width, *u.shape[len(lead) :]).to(self._working)
+            total += rows.flatten(0, -2).to(self._working).T @ part
         return total
 
     def __repr__(self) -> str:
@@ -214,6 +254,7 @@ class Store:
         self._demand("jacobian")
         name = self.columns.name(name)
         offset, shape = int(self.main.attributes["columns"][name]["offset"]), self.columns.shapes[name]
+        self._demand_room(prod(self.main.shape[:2]) * prod(shape) * self.dtype.itemsize)
         found = numpy.full((*self.main.shape[:2], prod(shape)), numpy.nan, self.main.dtype)
         for block in self.entries:
             start, stop = self.main.rows(block)
@@ -221,6 +262,7 @@ class Store:
         return torch.from_numpy(found).reshape(len(self), *self.out, *shape)
 
     def _all(self, a: Array) -> Tensor:
+        self._demand_room(a.shape[0] * a.row_bytes)
         found = numpy.full(a.shape, numpy.nan, a.dtype)
         for block in self.entries:
             start, stop = a.rows(block)
@@ -238,14 +280,26 @@ class Store:
         key = (a.name, block)
         if key not in self._maps:
             start, stop = a.rows(block)
-            path, said = self.path / a.key(block), self.entries[block].files.get(a.key(block), (-1, "", 0))[0]
-            found = path.stat().st_size if path.is_file() and not path.is_symlink() else None
+            path, said = within(self.path, a.key(block)), self.entries[block].files[a.key(block)][0]
+            found = path.stat().st_size if path.is_file() else None
             if found is None or not found == said == a.shard_bytes(stop - start):
                 raise damaged(block, a.key(block), "no such file" if found is None else f"{found} bytes", f"{said} bytes", self.path)
             if 0 in a.shape:
                 return numpy.empty((stop - start, *a.shape[1:]), a.dtype)
+            if len(self._maps) >= MAPPED:
+                del self._maps[next(iter(self._maps))]
             self._maps[key] = numpy.memmap(path, a.dtype, "c", shape=(stop - start, *a.shape[1:]))  # what is written stays in memory
         return self._maps[key]
+
+    def _demand_room(self, needed: int) -> None:
+        """Before memory for many rows is taken, which may be more than there is, or than the files ever held."""
+        if needed > LARGE and needed > (room := share(torch.device("cpu"))):
+            raise MemoryBudgetError(
+                "the rows do not fit in memory",
+                got=human_bytes(needed),
+                expected=f"at most {human_bytes(room)}, half of what is free",
+                hint="store.blocks(), store[start:stop], or a quantity that needs no rows",
+            )
 
 
 def open_store(path: str | Path) -> Store:
@@ -255,5 +309,11 @@ def open_store(path: str | Path) -> Store:
     ------
     StoreError
         where there is none, or its metadata or journals are damaged.
+
+    >>> import tempfile, torch, partials as pt
+    >>> path = tempfile.mkdtemp() + "/norms"
+    >>> written = pt.stream(torch.nn.Linear(3, 2), torch.randn(10, 3).split(4), "norms", to=path)
+    >>> pt.open(path).shape, pt.open(path).complete
+    ((10, 2), True)
     """
     return Store(path)

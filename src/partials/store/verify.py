@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from . import checksum, durable, journal
+from .lock import Locks
+from .metadata import array_of, within
 from .reader import Store
 
 CHUNK = 2**24
@@ -60,16 +63,11 @@ def verify(path: str | Path, tell: Callable[[str], None] = lambda _: None) -> Ve
     found = Verified(store, len(store.entries), remarks=list(store.remarks))
     for number, (block, entry) in enumerate(sorted(store.entries.items()), 1):
         tell(f"block {number} of {len(store.entries)}")
-        if block >= store.arrays["values"].blocks or entry.rows != store.arrays["values"].rows(block):
-            found.findings.append(Finding(block, f"block {block} says rows {entry.rows}, which the arrays do not have"))
-            continue
-        expected = {a.key(block): a for a in store.arrays.values()}
-        if set(expected) != set(entry.files):
-            found.findings.append(Finding(block, f"block {block} lists other files than the arrays have"))
-            continue
         for key, (size, kind, check) in entry.files.items():
-            wrong = _wrong(store.path / key, size, kind, check)
+            wrong = _wrong(within(store.path, key), size, kind, check)
             found.findings += [Finding(block, f"block {block}: {key} {wrong}")] if wrong else []
+    if found.passed:
+        found.findings += _result(store)
     found.remarks += [
         f"{p.relative_to(store.path)} was left by a run that was interrupted" for p in store.path.rglob(f"*{durable.PARTIAL}")
     ]
@@ -77,12 +75,38 @@ def verify(path: str | Path, tell: Callable[[str], None] = lambda _: None) -> Ve
 
 
 def forget(found: Verified) -> int:
-    """Take damaged blocks out of the count, so that a resumed run computes them again; how many."""
+    """Take damaged blocks out of the count, so that a resumed run computes them again; how many.
+
+    Raises
+    ------
+    StoreError
+        while a run is writing to the store.
+    """
     blocks = sorted({finding.block for finding in found.findings if finding.block is not None})
-    record = journal.Journal(found.store.path, "verify")
-    for block in blocks:
-        record.append(journal.Entry(block, found.store.entries[block].rows, forget=True, info={"time": time.time()}))
+    locks = Locks(found.store.path, 0, 1)
+    try:
+        record = journal.Journal(found.store.path, "verify")
+        for block in blocks:
+            entry = found.store.entries[block]
+            record.append(journal.Entry(block, entry.rows, forget=(entry.id,)))
+    finally:
+        locks.release()
     return len(blocks)
+
+
+def _result(store: Store) -> list[Finding]:
+    """A reduction's result is no block's: it is compared with the parts that it is the sum of."""
+    path = store.path / store.what
+    if store.main.name != "parts" or not store.complete or not (path / "zarr.json").exists():
+        return []
+    a, expected = array_of(store.path, store.what), store.result().numpy()
+    shard = within(store.path, a.key(0))
+    if a.shape != expected.shape or a.dtype != store.main.dtype or not shard.is_file() or shard.stat().st_size != a.shard_bytes(a.shape[0]):
+        return [Finding(None, f"the result {store.what!r} is not whole; `partials run ... --resume` puts it together again")]
+    kept = numpy.fromfile(shard, a.dtype, expected.size).reshape(expected.shape)
+    if numpy.array_equal(kept, expected, equal_nan=True):
+        return []
+    return [Finding(None, f"the result {store.what!r} is not the sum of its parts; `partials run ... --resume` puts it together again")]
 
 
 def _wrong(path: Path, size: int, kind: str, check: int) -> str:

@@ -13,12 +13,10 @@ import numpy
 
 from .._errors import StoreError
 from . import checksum, durable, fingerprint, journal
-from .format import LARGEST_HEADER, Array, group, parsed
+from .format import LARGEST_HEADER, Array, group
 from .lock import FOLDER as LOCKS
 from .lock import Locks
-
-VERSION = 1
-CONFIG = "run.json"
+from .metadata import CONFIG, VERSION, array_of, config_of, within
 
 
 class Writer:
@@ -46,21 +44,23 @@ class Writer:
 
     def _open(self, identity: Mapping[str, Any], config: Mapping[str, Any], rank: int, world: int, resume: bool) -> None:
         path = self.path
-        existing = _existing(path)
-        if existing and not resume:
+        if _existing(path) and not resume:
             raise StoreError(
                 f"{path} holds a store already", got="a run into it", expected="a new folder", hint="--resume to go on with it"
             )
-        if not existing:
+        if not _existing(path):
             _demand_empty(path, self.arrays)
         path.mkdir(parents=True, exist_ok=True)
+        for name in (LOCKS, journal.FOLDER):
+            within(path, name)
         self.locks = Locks(path, rank, world)
         try:
-            if existing or _existing(path):
-                self._demand_same(identity)
-            else:
-                self._create(identity, config)
+            with self.locks.alone():  # (workers that come at the same moment: one makes the store, the others find it)
+                if not _existing(path):
+                    self._create(identity, config)
+            self._demand_same(identity)
             self.done, self.remarks = journal.read(path)
+            self.remarks += self.locks.remarks
             self.demand_whole()
             self.journal = journal.Journal(path, f"worker-{rank}-of-{world}")
         except BaseException:
@@ -83,22 +83,28 @@ class Writer:
         entry = journal.Entry(block, rows, files, info={**info, "time": time.time()})
         self.journal.append(entry)
         self.done[block] = entry
+        for key in files:
+            durable.tidy(self.path / key)
 
     def add(self, a: Array, values: numpy.ndarray) -> None:
         """A further array of one block: a reduction's result."""
-        write_shard(self.path, a, 0, values)
-        durable.write(self.path / a.name / "zarr.json", [a.metadata().encode()], shared=True)
+        with self.locks.alone():
+            write_shard(self.path, a, 0, values)
+            durable.write(self.path / a.name / "zarr.json", [a.metadata().encode()])
+            durable.tidy(self.path / a.key(0))
 
     def demand_whole(self) -> None:
         """
         Raises
         ------
         StoreError
-            where a committed block's file is gone or has another size.
+            where a committed block is none of the arrays', or a file of it is gone or has another size.
         """
+        demand_known(self.path, self.arrays, self.done)
         for block, entry in self.done.items():
             for key, (size, _, _) in entry.files.items():
-                found = (self.path / key).stat().st_size if (self.path / key).is_file() else None
+                place = within(self.path, key)
+                found = place.stat().st_size if place.is_file() else None
                 if found != size:
                     raise damaged(block, key, "no such file" if found is None else f"{found} bytes", f"{size} bytes", self.path)
 
@@ -106,17 +112,26 @@ class Writer:
         self.locks.release()
 
     def _create(self, identity: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        for a in self.arrays.values():
-            durable.write(self.path / a.name / "zarr.json", [a.metadata().encode()], shared=True)
         record = {"version": VERSION, "fingerprint": dict(identity), "arrays": list(self.arrays), "config": dict(config)}
-        durable.write(self.path / CONFIG, [json.dumps(record, indent=2, default=str).encode()], shared=True)
-        durable.write(self.path / "zarr.json", [group({"partials": VERSION}).encode()], shared=True)  # last: with it the store exists
+        texts = {f"{a.name}/zarr.json": a.metadata() for a in self.arrays.values()}
+        texts[CONFIG] = json.dumps(record, indent=2, default=str, allow_nan=False)
+        texts["zarr.json"] = group({"partials": VERSION})  # last: with it the store exists
+        for key, text in texts.items():
+            if len(text.encode()) > LARGEST_HEADER:
+                raise StoreError(
+                    f"the description of {key} is too large",
+                    got=f"{len(text.encode())} bytes",
+                    expected=f"at most {LARGEST_HEADER}",
+                    hint="fewer parameters at once (wrt=)",
+                )
+            durable.write(within(self.path, key), [text.encode()])
+            durable.tidy(self.path / key)
 
     def _grow(self, samples: int, blocks: int) -> None:
         """Make the arrays longer, where the number of samples was not known beforehand."""
         for name, a in self.arrays.items():
             self.arrays[name] = grown = replace(a, shape=(blocks if a.name == "parts" else samples, *a.shape[1:]))
-            durable.write(self.path / name / "zarr.json", [grown.metadata().encode()], shared=True)
+            durable.write(self.path / name / "zarr.json", [grown.metadata().encode()])
 
     def _demand_same(self, identity: Mapping[str, Any]) -> None:
         record = config_of(self.path)
@@ -135,40 +150,35 @@ class Writer:
 
 def write_shard(path: Path, a: Array, block: int, values: numpy.ndarray) -> tuple[int, str, int]:
     """One shard, durably; (bytes, kind of checksum, checksum)."""
+    if values.shape[1:] != a.shape[1:] or len(values) > a.block:
+        raise StoreError(
+            f"block {block} has another shape than the array {a.name!r}",
+            got=f"{values.shape[1:]} for each of {len(values)} rows",
+            expected=f"{a.shape[1:]} for each of at most {a.block}, as the first sample's",
+            hint="outputs and parameters of one shape for all samples",
+        )
     pieces = a.shard(values.astype(a.dtype, copy=False))
-    durable.write(path / a.key(block), pieces)
+    durable.write(within(path, a.key(block)), pieces)
     kind = checksum.kind()
     return sum(len(p) for p in pieces), kind, checksum.of_pieces([_array(p) for p in pieces], kind)
 
 
-def config_of(path: Path) -> dict[str, Any]:
-    """What `run.json` says: {"version", "fingerprint", "arrays", "config"}."""
-    try:
-        record = json.loads(bounded(path / CONFIG))
-        if not isinstance(record, dict) or record["version"] != VERSION:
-            raise ValueError(f"version {record['version']}")
-        if not isinstance(record["fingerprint"], dict) or not all(isinstance(name, str) for name in record["arrays"]):
-            raise ValueError("its fields")
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{path / CONFIG} cannot be read", got=str(error), expected=f"version {VERSION} of what `partials run` writes"
-        ) from None
-    return record
-
-
-def array_of(path: Path, name: str) -> Array:
-    if journal.escaped(name) != name:
-        raise StoreError("an array of the store has a name that is no plain word", got=name, expected="letters, digits, - and _")
-    return parsed(name, bounded(path / name / "zarr.json"))
-
-
-def bounded(path: Path) -> str:
-    """The text of a metadata file, not followed out of the store and not larger than such a file can be."""
-    if path.is_symlink() or not path.is_file():
-        raise StoreError(f"{path} is missing", got="no such file" if not path.exists() else "a link", expected="a file of the store")
-    if path.stat().st_size > LARGEST_HEADER:
-        raise StoreError(f"{path} is too large", got=f"{path.stat().st_size} bytes", expected=f"at most {LARGEST_HEADER}")
-    return path.read_text(encoding="utf-8")
+def demand_known(path: Path, arrays: Mapping[str, Array], entries: Mapping[int, journal.Entry]) -> None:
+    """
+    Raises
+    ------
+    StoreError
+        where a journal speaks of blocks, rows or files that the arrays do not have.
+    """
+    values = arrays["values"]
+    for block, entry in entries.items():
+        if block >= values.blocks or entry.rows != values.rows(block) or set(entry.files) != {a.key(block) for a in arrays.values()}:
+            raise StoreError(
+                f"the journal of {path} speaks of what the arrays do not have",
+                got=f"block {block}, rows {entry.rows}, in {', '.join(map(repr, entry.files))}"[:200],
+                expected=f"one of {values.blocks} blocks of {values.block} rows, in the arrays' own files",
+                hint=f"remove the line of block {block} from its journal",
+            )
 
 
 def damaged(block: int, key: str, got: str, expected: str, path: Path) -> StoreError:

@@ -69,7 +69,7 @@ def nested_cost(counts: list[int], training: bool) -> float:
 def taylor_cost(frame: Frame, training: bool) -> float:
     pairs = sum(len(row) for _, row in frame.table)
     slots = len(frame.slots)
-    return 2 + 4.5 * slots + 0.25 * pairs if training else 1.5 + 1.4 * slots + 0.15 * pairs
+    return 2.5 + 2.9 * slots + 0.15 * pairs if training else 0.4 + 1.05 * slots + 0.12 * pairs
 
 
 PLANS: ContextVar[list[InputPlan] | None] = ContextVar("PLANS", default=None)

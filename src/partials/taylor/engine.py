@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._compat import watched
 from .._typing import Tensor
 from .frame import Frame
 from .jets import Jet
@@ -40,11 +41,15 @@ def taylor(
 
 
 def seeded(tensor: Tensor, number: int, slots: Sequence[Slot], frame: Frame) -> Jet:
-    """The jet of an input: first derivatives of one at its own components, all else zero."""
-    seeds = torch.zeros((frame.rest, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
+    """The jet of an input: first derivatives of one at its own components, all else zero; the same at every point."""
+    by_feature = any(slot.leaf == number and slot.feature is not None for slot in slots)
+    sizes = (*(1,) * (tensor.ndim - 1), tensor.shape[-1]) if by_feature else (1,) * tensor.ndim
+    seeds = torch.zeros((frame.rest, *sizes), dtype=tensor.dtype, device=tensor.device)
     for component, slot in enumerate(slots):
         first = Term((), (component,))
         if slot.leaf == number and first in frame.slots:
             place = seeds[frame.place(first)]
             (place if slot.feature is None else place[..., slot.feature]).fill_(1)
-    return Jet(frame, torch.cat([tensor.unsqueeze(0), seeds]))
+    if watched():  # a mode around us sees the use of a weight at every point
+        return Jet(frame, torch.cat([tensor.unsqueeze(0), seeds.expand(frame.rest, *tensor.shape)]))
+    return Jet(frame, affine=(tensor, seeds))

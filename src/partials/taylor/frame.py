@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from .specs import VALUE, Term
@@ -51,6 +51,11 @@ class Frame:
     def rest(self) -> int:
         """The number of slots beside the value."""
         return len(self.slots) - 1
+
+    @cached_property
+    def firsts(self) -> int:
+        """The number of slots of order one; they come first."""
+        return sum(term.order == 1 for term in self.slots)
 
     def place(self, term: Term) -> int:
         """Where a derivative is among the slots beside the value."""

@@ -1,7 +1,9 @@
 """`Jet`: a value with its derivatives, and the arithmetic that the rules are written in.
 
 A jet of a tensor of shape (*shape) is one tensor (1 + R, *shape), so that a linear layer stays one product; or, where only the value has
-changed (a bias was added), the value and the rest apart, which saves a copy.
+changed (a bias was added), the value and the rest apart, which saves a copy. The coordinates, and what linear maps make of them, are
+affine: all but their first derivatives are zero, and those can be of size 1 along dimensions in which they do not change. That makes the
+first layer of a network nearly free.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._typing import Shape, Tensor
-from . import kernels
+from . import composition, kernels
+from .composition import Series
 from .frame import Frame
-from .kernels import Series
+from .kernels import Parts
 
 
 class NoRule(Exception):
@@ -26,13 +29,18 @@ class NoRule(Exception):
 class Jet:
     """The value and the derivatives of one tensor."""
 
-    __slots__ = ("_base", "_parts", "_shift", "_stack", "aliased", "frame")
+    __slots__ = ("_base", "_parts", "_shift", "_stack", "affine", "aliased", "frame")
 
     def __init__(
-        self, frame: Frame, stack: Tensor | None = None, parts: tuple[Tensor, Tensor] | None = None, shift: Tensor | None = None
+        self,
+        frame: Frame,
+        stack: Tensor | None = None,
+        parts: Parts | None = None,
+        shift: Tensor | None = None,
+        affine: Parts | None = None,
     ) -> None:
-        """With `shift`, a constant that is still to be added to the value of the stack."""
-        self.frame, self._parts = frame, parts
+        """`shift`: a constant that is still to be added to the value of the stack. `affine`: parts whose rest is still to be expanded."""
+        self.frame, self._parts, self.affine = frame, parts, affine
         self._base, self._shift = stack, shift
         self._stack = stack if shift is None else None
         self.aliased = False
@@ -52,9 +60,13 @@ class Jet:
         return self._stack
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor]:
+    def parts(self) -> Parts:
         """The value (*shape) and the rest (R, *shape)."""
         if self._parts is None:
+            if self.affine is not None:
+                value, rest = self.affine
+                self._parts = value, rest.expand(self.frame.rest, *value.shape)
+                return self._parts
             assert self._base is not None
             first, rest = self._base.split((1, self.frame.rest))
             self._parts = first.squeeze(0) if self._shift is None else first.squeeze(0) + self._shift, rest
@@ -71,11 +83,11 @@ class Jet:
     @property
     def anything(self) -> Tensor:
         """Some tensor of the jet, for its dtype and device, without taking it apart."""
-        return self._base if self._base is not None else self._parts[1]  # type: ignore[index]
+        return self._base if self._base is not None else (self._parts or self.affine)[1]  # type: ignore[index]
 
     @property
     def shape(self) -> Shape:
-        return tuple(self.anything.shape[1:])
+        return tuple(self.anything.shape[1:] if self.affine is None else self.affine[0].shape)
 
     @property
     def ndim(self) -> int:
@@ -84,7 +96,7 @@ class Jet:
     def bare(self) -> Tensor:
         """The value outside of any graph."""
         if self._parts is not None or self._base is None:
-            return self.parts[0].detach()
+            return (self._parts or self.affine)[0].detach()  # type: ignore[index]
         value = self._base.detach()[0]
         return value if self._shift is None else value + self._shift.detach()
 
@@ -113,7 +125,26 @@ def linear(f: Jet, function: Callable[[Tensor], Tensor]) -> Jet:
     if f.whole:
         return Jet(f.frame, function(f.stack))
     value, rest = f.parts
-    return Jet(f.frame, parts=(function(value.unsqueeze(0)).squeeze(0), function(rest)))
+    made = function(value.unsqueeze(0)).squeeze(0), function(rest)
+    return Jet(f.frame, parts=made) if f.affine is None else narrowed(f.frame, *made)
+
+
+def narrowed(frame: Frame, value: Tensor, rest: Tensor) -> Jet:
+    """With a rest of constants that was expanded narrowed to what there is in memory."""
+    if rest.requires_grad:
+        return Jet(frame, parts=(value, rest))
+    for dim in range(1, rest.ndim):
+        if rest.shape[dim] > 1 and not rest.stride(dim):
+            rest = rest.narrow(dim, 0, 1)
+    return Jet(frame, affine=(value, rest))
+
+
+def by_features(f: Jet, function: Callable[[Tensor], Tensor]) -> Jet:
+    """A linear map that acts on the last dimension."""
+    if f.affine is None or f.affine[1].shape[1:-1] == f.shape[:-1]:
+        return stacked(f, function)
+    value, rest = f.affine
+    return Jet(f.frame, affine=(function(value.unsqueeze(0)).squeeze(0), function(rest.expand(*rest.shape[:-1], value.shape[-1]))))
 
 
 def stacked(f: Jet, function: Callable[[Tensor], Tensor]) -> Jet:
@@ -121,11 +152,36 @@ def stacked(f: Jet, function: Callable[[Tensor], Tensor]) -> Jet:
     return Jet(f.frame, function(f.stack))
 
 
-def join(jets: Sequence[Operand], function: Callable[[Sequence[Tensor]], Tensor]) -> Jet:
-    """A linear map of several tensors, such as `cat`; tensors that are no jets have derivatives of zero."""
+def join(jets: Sequence[Operand], function: Callable[[Sequence[Tensor]], Tensor], along: int | None = None) -> Jet:
+    """A linear map of several tensors, such as `cat` along a dimension; tensors that are no jets have derivatives of zero."""
     frame = next(f.frame for f in jets if isinstance(f, Jet))
+    affine = _affine_together(jets, frame, along)
+    if affine is not None:
+        value, rest = (function(tensors) for tensors in zip(*affine, strict=True))
+        return Jet(frame, affine=(value.squeeze(0), rest))
     stacks = [f.stack if isinstance(f, Jet) else lifted(f, frame).stack for f in jets]
     return Jet(frame, function(stacks))
+
+
+def _affine_together(jets: Sequence[Operand], frame: Frame, along: int | None) -> list[Parts] | None:
+    """The parts of several jets, all of them affine and of size 1 in the same dimensions and not in `along`; None where they are not."""
+    pairs = [(f.shape, f.affine[1].shape[1:]) for f in jets if isinstance(f, Jet) and f.affine is not None]
+    if len(pairs) < sum(isinstance(f, Jet) for f in jets):
+        return None
+    dims = {tuple(size != whole for size, whole in zip(sizes, shape, strict=True)) for shape, sizes in pairs}
+    if len(dims) > 1 or (along is not None and next(iter(dims))[along]):
+        return None
+    ours, found = next(iter(dims)), []
+    for f in jets:
+        if isinstance(f, Jet):
+            value, rest = f.affine  # type: ignore[misc]
+        elif isinstance(f, torch.Tensor) and f.ndim == len(ours):
+            sizes = (1 if is_one else size for is_one, size in zip(ours, f.shape, strict=True))
+            value, rest = f, f.new_zeros((frame.rest, *sizes))
+        else:
+            return None
+        found.append((value.unsqueeze(0), rest))
+    return found
 
 
 def lifted(constant: Any, frame: Frame, like: Jet | None = None) -> Jet:
@@ -139,14 +195,16 @@ def lifted(constant: Any, frame: Frame, like: Jet | None = None) -> Jet:
 def compose(series: Series, f: Jet) -> Jet:
     """phi(f), entry by entry."""
     if f.base is not None and not has_torch_function((f.base[0],)):
-        return Jet(f.frame, kernels.compose_stack(series, *f.base, f.frame))
+        return Jet(f.frame, composition.compose_stack(series, *f.base, f.frame))
+    if f.affine is not None:
+        return Jet(f.frame, composition.compose(series, f.affine, f.frame, affine=True))
     return Jet(f.frame, _compose(series, *f.parts, f.frame))
 
 
 def _compose(series: Series, value: Tensor, rest: Tensor, frame: Frame) -> Tensor:
     if has_torch_function((value,)):  # so that a mode around us sees this as one operation
         return handle_torch_function(_compose, (value, rest), series, value, rest, frame)
-    return kernels.compose(series, (value, rest), frame)
+    return composition.compose(series, (value, rest), frame)
 
 
 def _multiply(f0: Tensor, f: Tensor, g0: Tensor, g: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
@@ -168,6 +226,10 @@ def times(f: Operand, g: Operand) -> Jet:
 
 def scaled(f: Jet, c: Any) -> Jet:
     """f times a constant, which may have more dimensions."""
+    if f.affine is not None and (not isinstance(c, torch.Tensor) or c.ndim <= f.ndim):
+        value, rest = f.affine[0] * c, f.affine[1] * c
+        if value.shape == f.shape:
+            return Jet(f.frame, affine=(value, rest))
     if not isinstance(c, torch.Tensor) or not c.ndim:
         return linear(f, lambda t: t * c)
     return linear(lengthened(f, c.ndim), lambda t: t * c)
@@ -206,6 +268,10 @@ def minus(f: Operand, g: Operand, alpha: Any = 1) -> Jet:
 
 
 def _moved(f: Jet, function: Callable[[Tensor], Tensor]) -> Jet:
+    if f.affine is not None:
+        moved = function(f.affine[0])
+        if moved.shape == f.shape and moved.dtype == f.affine[1].dtype:
+            return Jet(f.frame, affine=(moved, f.affine[1]))
     value, rest = f.parts
     moved = function(value)
     if moved.shape != value.shape or moved.dtype != value.dtype:

@@ -21,7 +21,8 @@ from .._typing import Tensor
 from . import rules as _rules  # noqa: F401 - fills the table
 from .frame import Frame
 from .jets import Jet, NoRule
-from .table import ATTRIBUTES, BENT, JET_RULES, VALUE_ONLY
+from .rules.structure import setitem
+from .table import ATTRIBUTES, BENT, JET_RULES, VALUE_ONLY, JetRule, found, parameters_of
 
 _MARK = "_partials_jet"
 _RUNNING = threading.local()
@@ -89,32 +90,39 @@ class JetMode(TorchFunctionMode):
                 with torch.no_grad():
                     return func(*_values(swapped), **{name: _values(value) for name, value in named.items()})
             rule = JET_RULES.get(func)
+            if func is torch.Tensor.__setitem__:
+                return self._written(func, args[0], swapped[0], through(setitem, func, swapped, named))
             if rule is not None:
                 if func in BENT:
                     self.bent.add(BENT[func])
-                return self._exposed(rule(*swapped, **named))
-            name = getattr(func, "__name__", "")
-            if name.endswith("_") or name.startswith("__i"):
-                return self._in_place(func, name, args, swapped, named)
+                if named.pop("inplace", False):
+                    return self._written(func, args[0], swapped[0], through(rule, func, swapped, named))
+                return self._exposed(through(rule, func, swapped, named))
+            if (rule := _counterpart(func)) is not None:
+                return self._written(func, args[0], swapped[0], through(rule, func, swapped, named))
         body = _compat.body_of(func) if isinstance(func, FunctionType) else None
         if body is None:
             raise NoRule(label(func))
         with self:
             return body(*args, **kwargs)
 
-    def _in_place(self, func: Any, name: str, args: Any, swapped: list[Any], named: Any) -> Any:
-        """An operation that writes to its first argument: the tensor gets another jet, if nothing else looks at its memory."""
-        counterpart = getattr(torch.Tensor, f"__{name[3:]}" if name.startswith("__i") else name[:-1], None)
-        rule = JET_RULES.get(counterpart)
-        if rule is None or not isinstance(swapped[0], Jet) or swapped[0].aliased:
-            raise NoRule(f"{label(func)}, which writes in place")
-        jet = rule(*swapped, **named)
-        if jet.shape != swapped[0].shape:
+    def _written(self, func: Any, tensor: Tensor, old: Any, jet: Any) -> Tensor:
+        """An operation that writes to its first argument: the tensor gets another jet, if nothing else looks at its memory.
+
+        Its old memory is left as it is: it may be that of other jets, or be kept for a reverse pass.
+        """
+        if (
+            not isinstance(old, Jet)
+            or not isinstance(jet, Jet)
+            or old.aliased
+            or jet.shape != old.shape
+            or jet.anything.dtype != old.anything.dtype
+        ):
             raise NoRule(f"{label(func)}, which writes in place")
         with self._unseen(), torch.no_grad():
-            args[0].copy_(jet.bare())
-            setattr(args[0], _MARK, (self.token, jet))
-        return args[0]
+            tensor.data = jet.bare()
+            setattr(tensor, _MARK, (self.token, jet))
+        return tensor
 
     def _swap(self, value: Any, met: list[Jet]) -> Any:
         """The argument with jets in the place of the tensors that carry one."""
@@ -165,6 +173,34 @@ class Bends(TorchFunctionMode):
         if func in BENT:
             self.names.add(BENT[func])
         return func(*args, **(kwargs or {}))
+
+
+def through(rule: JetRule, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """What a rule makes of a call. Arguments that it cannot take (a weight that is a jet, an option that it does not know) are no rule
+    for the call; if the call itself is at fault, nested reverse mode runs into it and the function's own error is seen."""
+    kwargs = dict(kwargs)
+    for place, names in enumerate(_LEADING):
+        for name in names:
+            if name in kwargs and len(args) == place and name not in parameters_of(rule):
+                args = [*args, kwargs.pop(name)]
+    try:
+        return rule(*args, **kwargs)
+    except (TypeError, AttributeError, IndexError, ValueError, KeyError) as error:
+        raise NoRule(f"{label(func)} with these arguments ({type(error).__name__}: {error})") from error
+
+
+_LEADING = (("input", "self"), ("other", "exponent", "mat2", "vec", "tensor1", "end"))
+"""Other names of the first and the second argument."""
+
+
+def _counterpart(func: Any) -> JetRule | None:
+    """The rule of the operation that a function applies in place: of `mul` for `mul_` and `__imul__`."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__i") and name.endswith("__"):
+        return JET_RULES.get(getattr(torch.Tensor, f"__{name[3:]}", None))
+    if name.endswith("_") and not name.endswith("__"):
+        return next((JET_RULES[function] for function in found(name[:-1]) if function in JET_RULES), None)
+    return None
 
 
 def _values(tree: Any) -> Any:

@@ -9,7 +9,7 @@ picks some of the coordinates, by name or by number. `method`, `check` and error
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 
@@ -41,6 +41,34 @@ def hessian(
         return _matrix(evaluate(coordinates, _pairs(block), method, check), block)
 
     return curried(at, u)
+
+
+@overload
+def laplacian(
+    u: Function,
+    over: Over = None,
+    weight: Tensor | None = None,
+    aux: Literal[False] = False,
+    *,
+    coords: Names = None,
+    vectors: Vectors = (),
+    method: str = "auto",
+    check: str = "first",
+) -> Callable[..., Tensor]: ...
+
+
+@overload
+def laplacian(
+    u: Function,
+    over: Over = None,
+    weight: Tensor | None = None,
+    aux: bool = False,
+    *,
+    coords: Names = None,
+    vectors: Vectors = (),
+    method: str = "auto",
+    check: str = "first",
+) -> Callable[..., Any]: ...
 
 
 def laplacian(

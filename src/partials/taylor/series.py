@@ -15,23 +15,27 @@ import torch
 import torch.nn.functional as F
 
 from .._typing import Tensor
-from .kernels import Scaled, Series, multiplied, scaled
+from .composition import Scaled, Series, multiplied, scaled
+from .slopes import sloped
 
 Coefficients = list[Any]
 """Tensors, some with a factor apart."""
 Known = Tensor | None
 
 
+@sloped(0, 1, 0)
 def exp(x: Tensor, n: int, value: Known = None) -> Coefficients:
     e = torch.exp(x) if value is None else value
     return [Scaled(e, 1 / math.factorial(k)) for k in range(n + 1)]
 
 
+@sloped(0, math.log(2), 0)
 def exp2(x: Tensor, n: int, value: Known = None) -> Coefficients:
     e = torch.exp2(x)
     return [Scaled(e, math.log(2) ** k / math.factorial(k)) for k in range(n + 1)]
 
 
+@sloped(1, 1, 0)
 def expm1(x: Tensor, n: int, value: Known = None) -> Coefficients:
     return [torch.expm1(x), *exp(x, n)[1:]]
 
@@ -58,7 +62,7 @@ def power(exponent: float) -> Series:
             found.append(torch.full_like(x, factor) if left == 0 else factor * x if left == 1 else factor * torch.pow(x, left))
         return found
 
-    return of
+    return sloped(0, 0, -1)(of) if exponent == -1 else of
 
 
 def powers_by_tensor(exponent: Tensor) -> Series:
@@ -74,6 +78,7 @@ def powers_by_tensor(exponent: Tensor) -> Series:
     return of
 
 
+@sloped(0, 0, -1)
 def reciprocal(x: Tensor, n: int, value: Known = None) -> Coefficients:
     powers = _powers(1 / x, n + 1)
     return [powers[k + 1] if k % 2 == 0 else -powers[k + 1] for k in range(n + 1)]
@@ -95,14 +100,17 @@ def cosh(x: Tensor, n: int, value: Known = None) -> Coefficients:
     return _cycle([torch.cosh(x), torch.sinh(x)], (1, 1, 1, 1), n)
 
 
+@sloped(1, 0, -1)
 def tanh(x: Tensor, n: int, value: Known = None) -> Coefficients:
     return _riccati(torch.tanh(x) if value is None else value, -1, n)
 
 
+@sloped(1, 0, 1)
 def tan(x: Tensor, n: int, value: Known = None) -> Coefficients:
     return _riccati(torch.tan(x) if value is None else value, 1, n)
 
 
+@sloped(0, 1, -1)
 def sigmoid(x: Tensor, n: int, value: Known = None) -> Coefficients:
     """(1 + tanh(x / 2)) / 2."""
     s = torch.sigmoid(x) if value is None else value
@@ -110,26 +118,37 @@ def sigmoid(x: Tensor, n: int, value: Known = None) -> Coefficients:
 
 
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Series:
+    """Its slope is a sigmoid; beyond the threshold, of plus infinity: a straight line."""
+
     def of(x: Tensor, n: int, value: Known = None) -> Coefficients:
-        slopes = [multiplied(c) for c in sigmoid(beta * x, n)]
-        found = [F.softplus(x, beta, threshold), *(slopes[k - 1] * (beta ** (k - 1) / k) for k in range(1, n + 1))]
-        return _beyond(beta * x > threshold, (x, 1), found)
+        z = beta * x
+        slopes = sigmoid(torch.where(z > threshold, math.inf, z), n)
+        return [F.softplus(x, beta, threshold) if value is None else value, *_integrated(slopes, beta, n)]
 
     return of
 
 
 def logsigmoid(x: Tensor, n: int, value: Known = None) -> Coefficients:
-    slopes = [multiplied(c) for c in sigmoid(-x, n)]
-    return [F.logsigmoid(x), *(slopes[k - 1] * ((-1) ** (k - 1) / k) for k in range(1, n + 1))]
+    return [F.logsigmoid(x) if value is None else value, *_integrated(sigmoid(-x, n), -1, n)]
+
+
+def _integrated(slopes: Coefficients, inner: float, n: int) -> Coefficients:
+    """Coefficients 1 .. n of a function whose derivative at x is s(inner * x), with the coefficients of s."""
+    return [Scaled(c, factor * inner ** (k - 1) / k) for k, (c, factor) in zip(range(1, n + 1), map(scaled, slopes), strict=False)]
 
 
 def silu(x: Tensor, n: int, value: Known = None) -> Coefficients:
     return [F.silu(x), *_times_x(x, sigmoid(x, n))[1:]]
 
 
+def normal(x: Tensor, n: int, value: Known = None) -> Coefficients:
+    """Phi(x), the normal distribution function."""
+    return [0.5 * torch.erfc(-x / math.sqrt(2)), *_normal_density(x, n)]
+
+
 def gelu(x: Tensor, n: int, value: Known = None) -> Coefficients:
     """x Phi(x)."""
-    return [F.gelu(x), *_times_x(x, [0.5 * torch.erfc(-x / math.sqrt(2)), *_normal_density(x, n)])[1:]]
+    return [F.gelu(x), *_times_x(x, normal(x, n))[1:]]
 
 
 def gelu_tanh(x: Tensor, n: int, value: Known = None) -> Coefficients:
@@ -146,13 +165,13 @@ def mish(x: Tensor, n: int, value: Known = None) -> Coefficients:
 
 
 def elu(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Series:
-    """scale * x above zero, scale * alpha * (exp(x * input_scale) - 1) below."""
+    """scale * x above zero, scale * alpha * (exp(x * input_scale) - 1) below; at zero the slope of below, and no further derivatives."""
 
     def of(x: Tensor, n: int, value: Known = None) -> Coefficients:
         e = torch.exp(input_scale * x)
         below = [(scale * alpha * input_scale**k / math.factorial(k)) * e for k in range(n + 1)]
         below[0] = scale * alpha * torch.expm1(input_scale * x)
-        return _beyond(x > 0, (scale * x, scale), below)
+        return [*_beyond(x > 0, (scale * x, scale), below[:2]), *(torch.where(x < 0, c, 0) for c in below[2:])]
 
     return of
 
@@ -234,13 +253,11 @@ def _riccati(first: Tensor, sign: int, n: int) -> Coefficients:
     """c' = 1 + sign c^2."""
     c = [Scaled(first, 1.0)]
     for k in range(n):
-        square, factor = _square(c, k)
         if k == 0:
-            square = square.mul_(sign).add_(1)
-            sign_or_one = 1.0
+            c.append(Scaled(torch.addcmul(torch.ones((), dtype=first.dtype, device=first.device), first, first, value=sign), 1.0))
         else:
-            sign_or_one = sign / (k + 1)
-        c.append(Scaled(square, factor * sign_or_one))
+            square, factor = _square(c, k)
+            c.append(Scaled(square, factor * sign / (k + 1)))
     return c
 
 

@@ -6,7 +6,9 @@ A rule has the function's own signature, with jets in the place of tensors that 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +33,12 @@ def found(name: str) -> Iterator[Any]:
         function = getattr(home, name, None)
         if callable(function):
             yield function
+
+
+@cache
+def parameters_of(rule: JetRule) -> frozenset[str]:
+    """The names of a rule's parameters."""
+    return frozenset(inspect.signature(rule).parameters)
 
 
 def jet_rule(*names: Any) -> Callable[[R], R]:

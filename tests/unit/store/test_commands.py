@@ -15,6 +15,8 @@ import partials as pt
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
+from partials.cli.sources import opened
+
 
 @pytest.fixture
 def run(folder, monkeypatch):
@@ -59,6 +61,23 @@ def test_every_kind_of_data_gives_the_same(run, files, x):
         assert "90 samples in 3 blocks" in out and "2 rows computed again, equal" in out
         found.append(files(f"s{i}"))
     assert all(one == found[0] for one in found)
+
+
+def test_parquet_is_read_by_row_groups(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    x = numpy.random.default_rng(0).standard_normal((500, 3))
+    columns = {"lists": list(x), "fixed": pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.reshape(-1)), 3), "flat": x[:, 0]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet", row_group_size=64)
+    parquet.write_table(pyarrow.table({"lists": [[1.0], [1.0, 2.0, 3.0]]}), tmp_path / "ragged.parquet")
+    found = opened(str(tmp_path / "x.parquet"))
+    for name, expected in (("lists", x), ("fixed", x), ("flat", x[:, 0])):
+        assert found[name].shape == expected.shape and found[name].dtype == expected.dtype
+        for start, stop in ((0, 5), (60, 70), (0, 500), (128, 192), (450, 500), (5, 5)):
+            assert numpy.array_equal(found[name][start:stop], expected[start:stop])
+    with pytest.raises(pt.InputError, match="several lengths"):
+        opened(str(tmp_path / "ragged.parquet"))[0:2]
 
 
 def test_a_dry_run_says_what_a_run_writes(run):

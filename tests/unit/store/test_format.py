@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy
 import pytest
 import torch
 
 import partials as pt
+from partials.distribute.job import local
 from partials.distribute.ranks import Place
 from partials.store import checksum, journal
 from partials.store.format import array, group, parsed
+from partials.store.work import Work
 from tests.unit.store.making import BLOCK, N, job, made
 
 WHAT = ["jacobian", "norms", "gram", "sum", "diagonal"]
@@ -74,8 +77,7 @@ def test_quantities_straight_from_disk(tmp_path):
 def test_missing_rows_are_nan_and_quantities_refused(tmp_path):
     one = job(tmp_path / "store")
     writer = one.writer(Place(), False)
-    for number, rows, inputs in one.inputs([1]):
-        writer.write(number, rows, *one.work.compute(inputs))
+    writer.write(1, one.rows(1), *one.work.compute(one.inputs(1)))
     writer.close()
     store = pt.open(tmp_path / "store")
     assert store.missing == [(0, BLOCK), (2 * BLOCK, N)]
@@ -117,3 +119,30 @@ def test_metadata_of_another_form_is_refused(change):
 @pytest.mark.parametrize("name", ["../up", "/root", "a/b", "nul\0", "c:d", "ü", ""])
 def test_names_are_escaped(name):
     assert journal.escaped(name).isascii() and not set("/\\\0.:") & set(journal.escaped(name)) and journal.escaped(name)
+
+
+@pytest.mark.parametrize("what", ["jacobian", "norms", "sketch:5", "sketch:6:kronecker", "sum", "diagonal"])
+def test_a_block_is_computed_a_part_at_a_time(tmp_path, monkeypatch, what):
+    monkeypatch.setattr("partials.store.work.BLOCK_BYTES", 1)
+    monkeypatch.setattr("partials.store.work.TOGETHER", 3)
+    seen = []
+    one = job(tmp_path / "store", what, block=7)
+    inner = one.work.jacobian
+    one.work = replace(one.work, jacobian=lambda inputs: (seen.append(len(inputs[0][0])), inner(inputs))[1])
+    local(one, Place(), resume=False)
+    assert seen == [3, 3, 1, 3]
+    found, (_, J) = pt.open(tmp_path / "store"), made(tmp_path / "whole", what)
+    sketches = {"sketch:5": lambda: J.sketch(5), "sketch:6:kronecker": lambda: J.sketch(6, "kronecker")}
+    expected = {"sum": J.sum, "diagonal": J.diagonal, "norms": J.norms, "jacobian": J.dense, **sketches}[what]()
+    assert torch.allclose(found.result() if what in ("sum", "diagonal") else found[:], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_blocks_are_many_for_many_workers_and_of_reductions_few():
+    J = pt.jacobian(torch.nn.Linear(50, 1), torch.randn(1, 50))
+
+    def rows(what, samples, most=None):
+        return Work(what, lambda _: J).block_rows(J, samples, 5000, most)
+
+    assert rows("norms", 10**9) == -(-(10**9) // 4096) and rows("norms", 10**6) == 5000 and rows("norms", 10) == 10
+    assert rows("sum", 10**9) == -(-(10**9) // 256) and rows("sum", 10**6) == 5000
+    assert rows("jacobian", 10**6) == 5000 and rows("jacobian", 10**6, 51 * 4 * 100) == 100

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ..._typing import Tensor
-from ..jets import Jet, NoRule, Operand, compose, lengthened, lifted, linear, plus, scaled
-from ..series import piecewise_linear
+from ..jets import Jet, NoRule, compose, lengthened, lifted, linear, plus, times
+from ..series import piecewise_linear, power
 from ..table import BENT, enter, found, jet_rule
-from .pointwise import _kept
 from .structure import behind, gather
 
 Slope = Callable[[Tensor], Tensor]
@@ -26,18 +25,26 @@ class Found(NamedTuple):
 
 
 def _bent(function: Callable[[Tensor], Tensor], slope: Slope) -> Callable[..., Jet]:
-    return lambda f, inplace=False: compose(piecewise_linear(function, slope), _kept(f, inplace))
+    return lambda f: compose(piecewise_linear(function, slope), f)
 
 
+relu = _bent(torch.relu, lambda x: x > 0)
+enter(relu, "relu")
 for _name, _function, _slope in (
-    ("relu", torch.relu, lambda x: x > 0),
     ("relu6", F.relu6, lambda x: (x > 0) & (x < 6)),
     ("hardsigmoid", F.hardsigmoid, lambda x: ((x > -3) & (x < 3)) / 6),
-    ("abs", torch.abs, torch.sign),
-    ("absolute", torch.abs, torch.sign),
-    ("__abs__", torch.abs, torch.sign),
 ):
     enter(_bent(_function, _slope), _name)
+
+
+@jet_rule("abs", "absolute", "__abs__")
+def abs_(f: Jet) -> Jet:
+    if not f.anything.is_complex():
+        return compose(piecewise_linear(torch.abs, torch.sign), f)
+    parts = [linear(f, torch.real), linear(f, torch.imag)]
+    return compose(power(0.5), plus(times(parts[0], parts[0]), times(parts[1], parts[1])))
+
+
 BENT.update(
     {
         function: name
@@ -49,20 +56,20 @@ BENT.update({function: name for name in ("hardshrink", "softshrink") for functio
 
 
 @jet_rule("leaky_relu")
-def leaky_relu(f: Jet, negative_slope: float = 0.01, inplace: bool = False) -> Jet:
+def leaky_relu(f: Jet, negative_slope: float = 0.01) -> Jet:
     slope = piecewise_linear(lambda x: F.leaky_relu(x, negative_slope), lambda x: torch.where(x > 0, 1, torch.full_like(x, negative_slope)))
-    return compose(slope, _kept(f, inplace))
+    return compose(slope, f)
 
 
 @jet_rule("hardtanh")
-def hardtanh(f: Jet, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Jet:
+def hardtanh(f: Jet, min_val: float = -1.0, max_val: float = 1.0) -> Jet:
     made = piecewise_linear(lambda x: F.hardtanh(x, min_val, max_val), lambda x: (x > min_val) & (x < max_val))
-    return compose(made, _kept(f, inplace))
+    return compose(made, f)
 
 
 @jet_rule("threshold")
-def threshold(f: Jet, threshold: float, value: float, inplace: bool = False) -> Jet:
-    return compose(piecewise_linear(lambda x: F.threshold(x, threshold, value), lambda x: x > threshold), _kept(f, inplace))
+def threshold(f: Jet, threshold: float, value: float) -> Jet:
+    return compose(piecewise_linear(lambda x: F.threshold(x, threshold, value), lambda x: x > threshold), f)
 
 
 @jet_rule("hardshrink")
@@ -77,11 +84,9 @@ def softshrink(f: Jet, lambd: float = 0.5) -> Jet:
 
 @jet_rule("prelu")
 def prelu(f: Jet, weight: Tensor) -> Jet:
-    x = f.bare()
+    value, rest = f.parts
     shaped = weight.reshape(-1, *(1,) * (f.ndim - 2)) if weight.numel() > 1 else weight.reshape(())
-    positive = x > 0
-    kept = linear(f, lambda t: t * positive)
-    return plus(kept, scaled(linear(f, lambda t: t * ~positive), shaped))
+    return Jet(f.frame, parts=(F.prelu(value, weight), torch.where(value > 0, rest, rest * shaped)))
 
 
 @jet_rule("clamp", "clip")
@@ -109,29 +114,64 @@ def clamp_max(f: Jet, max: Any) -> Jet:
     return clamp(f, max=max)
 
 
-@jet_rule("maximum", "fmax")
-def maximum(f: Operand, g: Operand) -> Jet:
-    return _either(f, g, torch.gt)
+def _either(pick: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Jet]:
+    """The larger or the smaller of two: its derivatives, and where both are equal the mean of theirs."""
+
+    def rule(f: Any, g: Any) -> Jet:
+        like = f if isinstance(f, Jet) else g
+        f, g = (t if isinstance(t, Jet) else lifted(t, like.frame, like) for t in (f, g))
+        ndim = max(f.ndim, g.ndim)
+        f, g = lengthened(f, ndim), lengthened(g, ndim)
+        value, one, other = pick(f.value, g.value), f.bare(), g.bare()
+        rest = torch.where((one == value) | (other != other), f.rest, g.rest)
+        return Jet(f.frame, parts=(value, torch.where(one == other, (f.rest + g.rest) / 2, rest)))
+
+    return rule
 
 
-@jet_rule("minimum", "fmin")
-def minimum(f: Operand, g: Operand) -> Jet:
-    return _either(f, g, torch.lt)
+maximum, minimum = _either(torch.maximum), _either(torch.minimum)
+enter(maximum, "maximum")
+enter(minimum, "minimum")
+enter(_either(torch.fmax), "fmax")
+enter(_either(torch.fmin), "fmin")
 
 
-def _either(f: Any, g: Any, first: Callable[[Tensor, Tensor], Tensor]) -> Jet:
-    like = f if isinstance(f, Jet) else g
-    f, g = (t if isinstance(t, Jet) else lifted(t, like.frame, like) for t in (f, g))
-    ndim = max(f.ndim, g.ndim)
-    f, g = lengthened(f, ndim), lengthened(g, ndim)
-    one, other = f.bare(), g.bare()
-    share = (first(one, other) + 0.5 * (one == other)).to(one.dtype)
-    return plus(scaled(f, share), scaled(g, 1 - share))
+def _shared(extreme: Callable[..., Tensor]) -> Callable[..., Jet]:
+    """Equal entries share the derivative."""
+
+    def rule(f: Jet, dim: Any = (), keepdim: bool = False) -> Jet:
+        dims = tuple(behind(d, f.ndim) - 1 for d in ((dim,) if isinstance(dim, int) else dim))
+        value, rest = f.parts
+        made = extreme(value, dims, True)
+        there = value == made
+        slots = torch.where(there, rest, 0).sum([d + 1 for d in dims] or list(range(1, rest.ndim)), True) / there.sum(dims, True)
+        whole = Jet(f.frame, parts=(made, slots))
+        kept = dims or tuple(range(f.ndim))
+        return whole if keepdim else linear(whole, lambda t: t.squeeze(tuple(d + 1 for d in kept)))
+
+    return rule
 
 
-@jet_rule("amax", "amin")
-def amax(f: Jet, dim: Any = (), keepdim: bool = False) -> Jet:
-    raise NoRule("amax or amin, which share among equal entries: max and min with a dimension have a rule")
+amax = _shared(torch.amax)
+enter(amax, "amax")
+enter(_shared(torch.amin), "amin")
+
+
+def _sawtooth(function: Any) -> Callable[..., Jet]:
+    """The derivatives of the argument, wherever there are any."""
+
+    def rule(f: Any, *by: Any) -> Jet:
+        if not isinstance(f, Jet) or any(isinstance(b, Jet) or getattr(b, "requires_grad", False) for b in by):
+            raise NoRule("a remainder by what is differentiated")
+        value, rest = f.parts
+        made = function(value, *by)
+        return Jet(f.frame, parts=(made, rest.expand(rest.shape[0], *made.shape)))
+
+    return rule
+
+
+for _name in ("frac", "fmod", "remainder", "__mod__"):
+    enter(_sawtooth(getattr(torch, _name, None) or getattr(torch.Tensor, _name)), _name)
 
 
 @jet_rule("max")

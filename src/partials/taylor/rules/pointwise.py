@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .. import series
-from ..jets import Jet, NoRule, compose, minus
-from ..kernels import Series
+from ..composition import Series
+from ..jets import Jet, NoRule, compose, minus, scaled
 from ..table import enter, jet_rule
 
 _SMOOTH: dict[str, Series] = {
@@ -26,6 +26,7 @@ _SMOOTH: dict[str, Series] = {
     "log2": functools.partial(series.log, base=2.0),
     "log10": functools.partial(series.log, base=10.0),
     "expit": series.sigmoid,
+    "ndtr": series.normal,
     **{f"arc{name[1:]}": getattr(series, name) for name in ("asin", "acos", "atan", "asinh", "acosh", "atanh")},
 }
 
@@ -43,9 +44,21 @@ def erfc(f: Jet) -> Jet:
     return minus(1.0, compose(series.erf, f))
 
 
-@jet_rule("ndtr")
-def ndtr(f: Jet) -> Jet:
-    raise NoRule("special.ndtr")
+@jet_rule("logit")
+def logit(f: Jet, eps: float | None = None) -> Jet:
+    if eps is not None:
+        raise NoRule("logit with eps")
+    return minus(compose(series.log, f), compose(series.log, minus(1.0, f)))
+
+
+@jet_rule("deg2rad")
+def deg2rad(f: Jet) -> Jet:
+    return scaled(f, math.pi / 180)
+
+
+@jet_rule("rad2deg")
+def rad2deg(f: Jet) -> Jet:
+    return scaled(f, 180 / math.pi)
 
 
 @jet_rule("tanhshrink")
@@ -59,13 +72,13 @@ def softplus(f: Jet, beta: float = 1, threshold: float = 20) -> Jet:
 
 
 @jet_rule(F.silu)
-def silu(f: Jet, inplace: bool = False) -> Jet:
-    return compose(series.silu, _kept(f, inplace))
+def silu(f: Jet) -> Jet:
+    return compose(series.silu, f)
 
 
 @jet_rule(F.mish)
-def mish(f: Jet, inplace: bool = False) -> Jet:
-    return compose(series.mish, _kept(f, inplace))
+def mish(f: Jet) -> Jet:
+    return compose(series.mish, f)
 
 
 @jet_rule(F.gelu)
@@ -74,27 +87,20 @@ def gelu(f: Jet, approximate: str = "none") -> Jet:
 
 
 @jet_rule(F.elu)
-def elu(f: Jet, alpha: float = 1.0, inplace: bool = False) -> Jet:
-    return compose(series.elu(alpha), _kept(f, inplace))
+def elu(f: Jet, alpha: float = 1.0) -> Jet:
+    return compose(series.elu(alpha), f)
 
 
 @jet_rule(F.selu, torch.selu)
-def selu(f: Jet, inplace: bool = False) -> Jet:
-    return compose(series.elu(series.SELU_ALPHA, series.SELU_SCALE), _kept(f, inplace))
+def selu(f: Jet) -> Jet:
+    return compose(series.elu(series.SELU_ALPHA, series.SELU_SCALE), f)
 
 
 @jet_rule(F.celu, torch.celu)
-def celu(f: Jet, alpha: float = 1.0, inplace: bool = False) -> Jet:
-    return compose(series.elu(alpha, 1.0, 1 / alpha), _kept(f, inplace))
+def celu(f: Jet, alpha: float = 1.0) -> Jet:
+    return compose(series.elu(alpha, 1.0, 1 / alpha), f)
 
 
 @jet_rule(F.hardswish)
-def hardswish(f: Jet, inplace: bool = False) -> Jet:
-    return compose(series.hardswish, _kept(f, inplace))
-
-
-def _kept(f: Jet, inplace: Any) -> Jet:
-    """An activation that overwrites its input leaves that input's jet behind: only where nothing else can read it is that no matter."""
-    if inplace:
-        raise NoRule("an activation with inplace=True")
-    return f
+def hardswish(f: Jet) -> Jet:
+    return compose(series.hardswish, f)

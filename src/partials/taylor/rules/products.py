@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from ..._typing import Tensor
-from ..jets import Jet, NoRule, bilinear, lengthened, linear, plus, stacked
+from ..jets import Jet, NoRule, bilinear, by_features, lengthened, linear, plus, stacked
 from ..table import enter, jet_rule
 from .structure import batchwise
 
 
 @jet_rule(F.linear)
 def linear_(input: Any, weight: Any, bias: Any = None) -> Jet:
-    made = matmul(input, linear(weight, lambda t: t.mT)) if isinstance(weight, Jet) else stacked(input, lambda t: F.linear(t, weight))
+    made = matmul(input, linear(weight, lambda t: t.mT)) if isinstance(weight, Jet) else by_features(input, lambda t: F.linear(t, weight))
     return made if bias is None else plus(made, bias)
 
 
@@ -27,8 +27,9 @@ def matmul(f: Any, g: Any) -> Jet:
     if isinstance(f, Jet):
         if f.ndim == 1 and g.ndim > 2:
             raise NoRule("a vector times a batch of matrices")
-        f = lengthened(f, g.ndim) if g.ndim > 2 else f
-        return stacked(f, lambda t: t @ g)
+        if g.ndim == 2:
+            return by_features(f, lambda t: t @ g)
+        return stacked(lengthened(f, g.ndim), lambda t: t @ g)
     if g.ndim == 1:
         if f.ndim > 2:
             raise NoRule("a batch of matrices times a vector")

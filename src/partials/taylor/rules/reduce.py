@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..jets import Jet, NoRule, compose, linear, minus, plus, scaled, times
+from ..jets import Jet, NoRule, broadcast, compose, join, lifted, linear, minus, plus, scaled, spread, times
 from ..series import exp, log, power
 from ..table import jet_rule
-from .structure import behind
+from .structure import behind, copied
 
 
 def dims_of(f: Jet, dim: Any) -> tuple[int, ...]:
@@ -24,13 +24,13 @@ def dims_of(f: Jet, dim: Any) -> tuple[int, ...]:
 
 def total(f: Jet, dim: Any = None, keepdim: bool = False) -> Jet:
     dims = dims_of(f, dim)
-    return linear(f, lambda t: t.sum(dims, keepdim)) if dims and f.ndim else f
+    return linear(f, lambda t: t.sum(dims, keepdim)) if dims and f.ndim else copied(f)
 
 
 @jet_rule("sum")
 def sum_(f: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Jet:
-    made = total(f, dim if axis is None else axis, keepdim)
-    return made if dtype is None else linear(made, lambda t: t.to(dtype))
+    summands = f if dtype is None else linear(f, lambda t: t.to(dtype))
+    return total(summands, dim if axis is None else axis, keepdim)
 
 
 @jet_rule("mean")
@@ -75,15 +75,48 @@ def prod(f: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -
 
 @jet_rule("norm", "vector_norm")
 def norm(f: Jet, p: Any = None, dim: Any = None, keepdim: bool = False, dtype: Any = None, **kwargs: Any) -> Jet:
-    """At the zero vector the norm has no derivatives: NaN or infinity, as in reverse mode from the second order on."""
+    """At the zero vector first derivatives are torch's choice, zero; of higher ones there are none: NaN, as in reverse mode."""
     p = kwargs.get("ord", p)
     p = 2 if p is None or p == "fro" else p
-    if p not in (1, 2) or dtype is not None or f.anything.is_complex() or kwargs.keys() - {"ord"}:
-        raise NoRule("a norm of order other than 1 or 2")
+    if not isinstance(p, int | float) or p <= 0 or dtype is not None or f.anything.is_complex() or kwargs.keys() - {"ord"}:
+        raise NoRule("a norm of an unusual order or dtype")
+    if p not in (1, 2):
+        return _other_norm(f, p, dim, keepdim)
     if p == 1:
         sign = torch.sign(f.bare())
         return total(linear(f, lambda t: t * sign), dim, keepdim)
-    return compose(power(0.5), total(times(f, f), dim, keepdim))
+    made = compose(power(0.5), total(times(f, f), dim, keepdim))
+    value, rest = made.parts
+    first = torch.tensor([term.order == 1 for term in f.frame.slots[1:]], device=value.device).reshape(-1, *(1,) * value.ndim)
+    return Jet(f.frame, parts=(value, torch.where(first & (value == 0), 0, rest)))
+
+
+def _other_norm(f: Jet, p: float, dim: Any, keepdim: bool) -> Jet:
+    from .bent import abs_, amax
+
+    if p == math.inf:
+        return amax(abs_(f), () if dim is None else dim, keepdim)
+    return compose(power(1 / p), total(compose(power(p), f if p % 2 == 0 else abs_(f)), dim, keepdim))
+
+
+@jet_rule("cumprod")
+def cumprod(f: Jet, dim: int, *, dtype: Any = None) -> Jet:
+    """One factor after the other."""
+    if dtype is not None or f.shape[dim] > 64:
+        raise NoRule("cumprod over more than 64")
+    made, *factors = (linear(f, partial(torch.narrow, dim=behind(dim, f.ndim), start=i, length=1)) for i in range(f.shape[dim]))
+    found = [made]
+    for factor in factors:
+        found.append(times(found[-1], factor))
+    return join(found, lambda stacks: torch.cat(list(stacks), behind(dim, f.ndim)), dim % f.ndim)
+
+
+@jet_rule("logaddexp")
+def logaddexp(f: Any, g: Any) -> Jet:
+    like = f if isinstance(f, Jet) else g
+    shape = broadcast(tuple(f.shape), tuple(g.shape))
+    both = [Jet(like.frame, parts=spread(t if isinstance(t, Jet) else lifted(t, like.frame, like), shape)) for t in (f, g)]
+    return logsumexp(join(both, lambda stacks: torch.stack(list(stacks), 1)), 0)
 
 
 @jet_rule("logsumexp")

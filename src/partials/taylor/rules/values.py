@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..._typing import Tensor
-from ..jets import Jet
+from ..jets import Jet, NoRule
 from ..table import ATTRIBUTES, VALUE_ONLY, found, jet_rule
 
 _ATTRIBUTES = (
@@ -19,7 +19,7 @@ _METHODS = (
 )
 _VALUES = (
     "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isnan isinf isfinite isreal isposinf isneginf signbit isclose allclose "
-    "equal sign sgn floor ceil round trunc fix heaviside argmax argmin argsort any all count_nonzero nonzero logical_and logical_or "
+    "equal sign floor ceil round trunc fix heaviside argmax argmin argsort any all count_nonzero nonzero logical_and logical_or "
     "logical_not logical_xor __and__ __or__ __invert__ zeros_like ones_like empty_like full_like rand_like randn_like randint_like "
     "new_zeros new_ones new_full new_empty new_tensor int long bool short byte floor_divide __floordiv__ __rfloordiv__ searchsorted "
     "bucketize bernoulli multinomial"
@@ -36,5 +36,13 @@ for _name in _VALUES.split():
 
 @jet_rule("detach", torch.Tensor.data.__get__)  # type: ignore[attr-defined]
 def detach(f: Jet) -> Tensor:
-    """A constant, as it is for reverse mode."""
+    """A constant, as it is for reverse mode; it shares its memory with the tensor."""
+    f.aliased = True
     return f.value.detach()
+
+
+@jet_rule("sgn")
+def sgn(f: Jet) -> Tensor:
+    if f.anything.is_complex():
+        raise NoRule("sgn of complex numbers")
+    return torch.sgn(f.bare())
