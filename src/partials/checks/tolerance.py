@@ -113,7 +113,7 @@ def distance(left: Tensor, right: Tensor, *, samples: bool = False) -> Tensor:
 def dot(left: Tensor, right: Tensor) -> Tensor:
     """The inner product of two tensors in float64; of float32 by pieces, each summed pairwise."""
     wide = torch.promote_types(left.dtype, right.dtype)
-    within = None if wide is torch.float32 else torch.float64
+    within = None if wide is torch.float32 and left.numel() > PART else torch.float64
     if left.numel() <= PIECE:
         return (left * right).sum(dtype=within).double()
     return torch.stack([(x * y).sum(dtype=within).double() for x, y in _pieces(left, right)]).sum()
