@@ -47,6 +47,14 @@ def resnet() -> nn.Module:
     )
 
 
+def resnet18(width: int = 64) -> nn.Module:
+    """ResNet-18's eight blocks for 32 x 32 pixels, with group norm; 11 million parameters at its own width of 64."""
+    sizes = [width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width, 8 * width]
+    blocks = [_Residual(a, b, 1 if a == b else 2) for a, b in zip([width, *sizes], sizes, strict=False)]
+    stem = (nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.GroupNorm(8, width), nn.ReLU())
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10))
+
+
 class Transformer(nn.Module):
     """d = 128, two layers, four heads, a vocabulary of 1000, mean-pooled to ten classes."""
 
@@ -78,10 +86,10 @@ class _Causal(nn.Module):
 class TinyGPT2(nn.Module):
     """GPT-2's form: causal attention, learned positions, a head that is the table of tokens. Returns each sequence's mean loss."""
 
-    def __init__(self, tokens: int = 128, d: int = 128, vocabulary: int = 1000) -> None:
+    def __init__(self, tokens: int = 128, d: int = 128, vocabulary: int = 1000, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.table, self.places = nn.Embedding(vocabulary, d), nn.Embedding(tokens, d)
-        self.layers, self.norm = nn.Sequential(_Causal(d, 4), _Causal(d, 4)), nn.LayerNorm(d)
+        self.layers, self.norm = nn.Sequential(*[_Causal(d, heads) for _ in range(layers)]), nn.LayerNorm(d)
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, index: Tensor) -> Tensor:

@@ -270,3 +270,25 @@ def test_variance_of_several_parameters():
         stated = stated + ((xp @ xp) * (yq @ yq) + (xp @ yp) * (xq @ yq)) / k
     torch.testing.assert_close(found.var(), stated, rtol=0.15, atol=0.0)
     assert abs(float(found.mean() - G.gram()[0, 1])) < 4.5 * float(stated / seeds) ** 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 7, 64, 67])
+def test_awkward_widths_of_awkward_jacobians(kind, k):
+    """One column, primes, more columns than parameters; no samples, tied, narrowed, weighted, several dtypes: rows times S."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3, bias=False)).double(), torch.randn(4, 3, dtype=torch.float64)
+    net[2].weight = nn.Parameter(net[0].weight.detach().T.contiguous())
+    made = [
+        pt.jacobian(net, x[:0], check="never"),
+        pt.jacobian(net, x, wrt="0.*", check="never"),
+        pt.concat([pt.jacobian(net, x[:1], check="never"), pt.jacobian(net, x[1:], check="never")], weights=[3.0, -1.0]),
+        pt.jacobian(lambda x: net(x).float().reshape(-1, 1, 3), x, params=net, check="never"),
+    ]
+    for J in made:
+        found = J.sketch(k, kind, seed=-4)
+        assert found.shape == (*J.values.shape, k)
+        if not len(J):
+            continue
+        wanted = expected(kind, k, -4, {name: rows.double() for name, rows in J.dict().items()}, J.values)
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-6, atol=1e-6)

@@ -284,3 +284,47 @@ def test_joined_jacobians_are_solved_as_one():
         found, expected = (x.solve(r, 0.1, method=method, dtype=torch.float64, tolerance=1e-12) for x in (halves, J))
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(halves.as_linear_operator() @ np.ones(3), D.sum(1).numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["no samples", "narrowed", "weighted", "tied", "mixed", "several outputs"])
+def test_linear_operators_of_awkward_jacobians(kind):
+    """Each against NumPy in float64 on its dense rows; complex columns are a real operator's, part by part."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), torch.randn(6, 3, dtype=torch.float64)
+    if kind == "tied":
+        net[2].weight = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+        net.append(nn.Linear(3, 4, dtype=torch.float64))
+        net[3].weight = net[0].weight
+    made = {
+        "no samples": lambda: pt.jacobian(net, x[:0], check="never"),
+        "narrowed": lambda: pt.jacobian(net, x, wrt="2.*", check="never"),
+        "weighted": lambda: pt.concat([pt.jacobian(net, x[:2], check="never"), pt.jacobian(net, x[2:], check="never")], weights=[2.0, 0.5]),
+        "tied": lambda: pt.jacobian(net, x, check="never"),
+        "mixed": lambda: pt.jacobian(lambda x: net(x).float(), x, params=net, check="never"),
+        "several outputs": lambda: pt.jacobian(lambda x: net(x).reshape(-1, 3, 1), x, params=net, check="never"),
+    }
+    J = made[kind]()
+    flat = J.dense().reshape(J.values.numel(), J.shape[-1]).double().numpy()
+    A, near = J.as_linear_operator(), {"rtol": 1e-9, "atol": 1e-9} if kind != "mixed" else {"rtol": 1e-5, "atol": 1e-5}
+    rng = np.random.default_rng(0)
+    rows, width = flat.shape
+    assert A.shape == flat.shape and A.dtype == np.float64
+    for v, u in (
+        (rng.standard_normal(width), rng.standard_normal(rows)),
+        (rng.standard_normal(width) + 1j * rng.standard_normal(width), rng.standard_normal(rows) * 1j),
+        (np.arange(width), np.arange(rows)),
+    ):
+        np.testing.assert_allclose(A @ v, flat @ v, **near)
+        np.testing.assert_allclose(A.rmatvec(u), flat.T @ u, **near)
+        np.testing.assert_allclose(J.ggn().as_linear_operator() @ v, flat.T @ (flat @ v), **near)
+    np.testing.assert_allclose(J.gram().reshape(rows, rows), flat @ flat.T, **near)
+    r = torch.from_numpy(rng.standard_normal(rows)).view(J.values.shape)
+    expected = np.linalg.solve(flat.T @ flat + 0.1 * np.eye(width), flat.T @ r.numpy().reshape(-1))
+    for method in METHODS:
+        np.testing.assert_allclose(J.solve(r, 0.1, method=method, dtype=torch.float64, tolerance=1e-10), expected, rtol=1e-5, atol=1e-5)
+    if rows:
+        np.testing.assert_allclose(
+            linalg.lsqr(A, r.numpy().reshape(-1), damp=0.1**0.5, atol=1e-12, btol=1e-12)[0], expected, rtol=1e-4, atol=1e-5
+        )
+        top = linalg.svds(A, k=1, return_singular_vectors=False, random_state=0)
+        np.testing.assert_allclose(top[0], np.linalg.norm(flat, 2), rtol=1e-5)

@@ -144,6 +144,93 @@ def test_a_store(model, data, tmp_path):
         pt.stream(model, loader(data[0]), "gram", to=tmp_path / "gram")
 
 
+def test_batches_that_are_one_tensor(model, data):
+    with pytest.raises(pt.InputError, match=r"one tensor(.|\n)*x.split"):
+        pt.stream(model, data[0], "norms")
+
+
+def test_results_of_several_shapes_are_not_stretched(data):
+    w = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    outputs = iter([3, 1])
+
+    def f(x, w):
+        return (x * w).sum(1, keepdim=True).expand(-1, next(outputs))
+
+    with pytest.raises(pt.InputError, match="several shapes"):
+        pt.stream(f, [(x, w) for x in data[0].split(11)], "sum", check="never")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_sums_of_half_precision_do_not_stand_still(dtype):
+    model, x = torch.nn.Linear(2, 1, bias=False).to(dtype), torch.ones(1, 2, dtype=dtype)
+    found = pt.stream(model, [x] * 3000, "sum", check="never")
+    assert found.dtype == torch.float32 and torch.equal(found, torch.full((1, 2), 3000.0))
+
+
+def test_a_batch_that_is_filled_anew(model, data):
+    """A loader may give the same memory each time: what is kept of a batch is a copy."""
+    buffer = torch.empty(11, 4, dtype=torch.float64)
+
+    def batches():
+        for x in data[0].split(11):
+            yield buffer.copy_(x)
+
+    torch.testing.assert_close(pt.stream(model, batches(), "gram"), pt.jacobian(model, data[0]).gram())
+    torch.testing.assert_close(torch.cat(list(pt.stream(model, batches(), "norms"))), pt.jacobian(model, data[0]).norms())
+
+
+class Named(torch.utils.data.Dataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, n):
+        return {"input": self.x[n]}
+
+
+@pytest.mark.parametrize("what", [*ITERATED, *REDUCED, "sketch:5", "sketch:6:kronecker"])
+@pytest.mark.parametrize("kind", ["workers", "pinned", "named", "sizes", "once", "iterable"])
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+def test_every_kind_of_batches(model, data, what, kind):
+    x = data[0]
+
+    class Iterable(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(x)
+
+    batches = {
+        "workers": lambda: DataLoader(x, batch_size=5, num_workers=2 if what in ("norms", "sum") else 0),
+        "pinned": lambda: DataLoader(x, batch_size=5, pin_memory=True),
+        "named": lambda: DataLoader(Named(x), batch_size=5),
+        "sizes": lambda: x.split([1, 7, 0, 3, 11]),
+        "once": lambda: iter([(part,) for part in x.split(5)]),
+        "iterable": lambda: DataLoader(Iterable(), batch_size=5),
+    }[kind]()
+    found = pt.stream(model, batches, what)
+    J = pt.jacobian(model, x)
+    name, *how = what.split(":")
+    expected = J.sketch(int(how[0]), *how[1:]) if name == "sketch" else {**ITERATED, **REDUCED}[name](J)
+    torch.testing.assert_close(found if isinstance(found, torch.Tensor) else torch.cat(list(found)), expected)
+
+
+def test_stores_of_batches_of_several_sizes(model, data, tmp_path):
+    for sizes, words in (([5, 3, 14], "14 samples in batch|of one size"), ([5, 3, 5, 9], "3 samples in batch 1, and another after it")):
+        with pytest.raises(pt.StoreError, match=words):
+            pt.stream(model, data[0].split(sizes), "norms", to=tmp_path / str(len(sizes)))
+        assert pt.open(tmp_path / str(len(sizes))).complete
+    with pytest.raises(pt.InputError, match="no samples"):
+        pt.stream(model, [data[0][:0]], "norms", to=tmp_path / "empty")
+    assert len(pt.stream(model, data[0].split([11, 11, 0]), "norms", to=tmp_path / "ends")) == N
+
+
+def test_a_store_of_batches_whose_first_input_holds_no_samples(data, tmp_path):
+    w = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    store = pt.stream(lambda w, x: x @ w, [(w, x) for x in data[0].split(6)], "jacobian", to=tmp_path / "s", in_dims=(None, 0))
+    torch.testing.assert_close(store.dense(), data[0])
+
+
 GROWTH = """
 import gc, torch, partials as pt
 torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from partials._errors import InputError, near
 from .faults import ForeignError, shown
 
 FILES = (".npy", ".npz", ".safetensors")
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+PICKLES = (".pt", ".pt2", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 FORMS = "FILE.py:NAME or MODULE:NAME"
 _LOADED: dict[Path, ModuleType] = {}
 

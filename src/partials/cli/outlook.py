@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,34 +19,49 @@ from partials.store.produce import BUFFERS
 if TYPE_CHECKING:
     from partials.distribute.job import Job
 
-FIRST, LONG = 8, 2.0
-"""Samples that are timed first; seconds that the dry run may take for more of them."""
-DISK = 1e9
-"""Bytes that a disk is taken to write in a second, each block synced."""
+FEW, LONG = 8, 10.0
+"""Samples that are tried at the least; seconds for which more are, told from one sample."""
+DISK, PROBE, MUCH = 1e9, 2**24, 2**26
+"""Bytes a second that a disk is taken to write where it cannot be tried; bytes that are tried; bytes of results for which it is."""
 
 
 def outlook(job: Job, as_json: bool) -> str:
     """Method, blocks, bytes, memory and time of the whole run by one worker."""
     most = min(job.together, job.block, job.data.length)
-    part = min(FIRST, most)
-    _, seconds, growth = _tried(job, part)  # (the first call compiles, probes and checks)
-    more = min(most, max(part, int(part * LONG / max(seconds, 1e-3))))
-    method, seconds, growth = _tried(job, more)
+    _, alone, _ = _tried(job, 1)
+    part = min(most, max(FEW, int(LONG / max(alone, 1e-6))))
+    _, first, checking = _tried(job, part)  # (the first call of many samples finds where they lie, and checks)
+    method, seconds, growth = _tried(job, part)
+    growth = max(growth, checking)
     size = job.bytes()
-    total = max(_seconds(job, seconds, more), size / DISK)
+    disk = _disk(job.path) if size > MUCH else DISK
+    total = max(max(first - seconds, 0.0) + _seconds(job, seconds, part), size / disk)
     written = sum(a.row_bytes * (1 if a.name == "parts" else job.block) for a in job.arrays)
     kept = BUFFERS * written if job.work.kind == "jacobian" else 2 * written
-    memory = resident() + growth * most // more + kept
+    memory = resident() + growth * most // part + kept
     found: dict[str, Any] = {"method": method, "samples": job.data.length, "blocks": job.blocks, "samples in a block": job.block}
     found |= {"bytes": size, "peak memory": memory, "seconds": total}
     if as_json:
         return json.dumps(found, indent=2)
     found |= {"bytes": human_bytes(float(size)), "peak memory": f"about {human_bytes(float(memory))} of this process"}
     if (device := job.device).type == "cuda":
-        on_device = torch.cuda.max_memory_allocated(device) * most // more
+        on_device = torch.cuda.max_memory_allocated(device) * most // part
         found["device memory"] = f"about {human_bytes(float(on_device))} of {torch.cuda.get_device_name(device)}"
-    found["seconds"] = f"about {human_time(total)} by one worker, from {more} samples, if the disk writes {human_bytes(DISK)}/s"
+    found["seconds"] = f"about {human_time(total)} by one worker, from {part} samples, if the disk writes {human_bytes(disk)}/s"
     return "\n".join(f"{name:<20}{value}" for name, value in found.items())
+
+
+def _disk(path: Path) -> float:
+    """Bytes that are written and synced in a second beside `path`: into a file without a name, of which nothing is left."""
+    folder = next(place for place in path.absolute().parents if place.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            start = time.perf_counter()
+            file.write(os.urandom(PROBE))
+            os.fsync(file.fileno())
+            return PROBE / (time.perf_counter() - start)
+    except OSError:
+        return DISK
 
 
 def _tried(job: Job, samples: int) -> tuple[str, float, int]:

@@ -197,7 +197,8 @@ def recompute(job: Job, rows: int, seed: int = 0) -> list[tuple[int, float, floa
 def _entries(store: Store, samples: list[int], columns: list[int]) -> Tensor:
     """Rows of a store; of a Gram matrix their entries with the samples `columns`."""
     rows = store[samples]
-    return rows.reshape(len(samples), store.values_width, len(store), -1)[:, :, columns] if store.main.name == "gram" else rows
+    c = store.values_width
+    return rows.reshape(len(samples), c, len(store), c)[:, :, columns] if store.main.name == "gram" else rows
 
 
 def _some(ranges: list[tuple[int, int]], count: int, random: Random) -> list[int]:

@@ -51,7 +51,7 @@ def write(path: Path, pieces: Iterable[Any]) -> None:
             os.close(descriptor)
         os.replace(aside, path)
         for folder in (path.parent, *made):
-            _sync_folder(folder)
+            sync_folder(folder)
     except OSError as error:
         with suppress(OSError):
             aside.unlink()
@@ -83,7 +83,7 @@ def append(path: Path, line: bytes) -> None:
         finally:
             os.close(descriptor)
         for folder in (path.parent, *made) if new else ():
-            _sync_folder(folder)
+            sync_folder(folder)
     except OSError as error:
         raise refused(path, error) from error
 
@@ -99,7 +99,7 @@ def _make_folders(folder: Path) -> list[Path]:
     return [place.parent for place in new]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

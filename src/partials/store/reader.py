@@ -170,9 +170,10 @@ class Store:
             return self.dense()
         self._demand_complete()
         total = numpy.zeros(self.main.shape[1:], self.main.dtype)
-        for block in range(self.main.blocks):  # in order, so that the sum does not depend on who computed what
-            total += self._map(self.main, block)[0]
-        return torch.from_numpy(total).reshape((*self.out, -1) if self.what == "sum" else -1)
+        with numpy.errstate(all="ignore"):  # (NaN and infinity pass through)
+            for block in range(self.main.blocks):  # in order, so that the sum does not depend on who computed what
+                total += self._map(self.main, block)[0]
+        return torch.from_numpy(total).reshape((*self.out, self.columns.width) if self.what == "sum" else -1)
 
     def norms(self) -> Tensor:
         """The norm of every row: (N, *out)."""
@@ -192,10 +193,10 @@ class Store:
         self._demand_room((len(self) * c) ** 2 * self._working.itemsize)
         found = torch.empty(len(self), c, len(self), c, dtype=self._working)
         for left, mine in self.blocks():
-            mine = mine.reshape(-1, mine.shape[-1]).to(self._working)
+            flat = mine.flatten(0, -2).to(self._working)
             for right, theirs in self.blocks():
-                product = mine @ theirs.reshape(-1, theirs.shape[-1]).to(self._working).T
-                found[left, :, right] = product.reshape(-1, c, theirs.shape[0], c)
+                product = flat @ theirs.flatten(0, -2).to(self._working).T
+                found[left, :, right] = product.reshape(len(mine), c, len(theirs), c)
         return found.reshape(self.shape[: 1 + len(self.out)] * 2)
 
     def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -220,8 +221,8 @@ class Store:
             raise InputError("u has another shape than the store asks for", got=f"shape {tuple(u.shape)}", expected=f"shape {lead}")
         total: Tensor = torch.zeros(self.shape[-1], *u.shape[len(lead) :], dtype=self._working)
         for samples, rows in self.blocks():
-            part = u[samples].reshape(-1, *u.shape[len(lead) :]).to(self._working)
-            total += rows.reshape(-1, rows.shape[-1]).to(self._working).T @ part
+            part = u[samples].reshape(len(rows) * self.values_width, *u.shape[len(lead) :]).to(self._working)
+            total += rows.flatten(0, -2).to(self._working).T @ part
         return total
 
     def __repr__(self) -> str:

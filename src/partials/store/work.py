@@ -92,7 +92,7 @@ class Work:
             found.append(self._quantity(J, None if out is None else out[done:]))
             if self.kind in REDUCED and len(found) > 1:
                 found = [found[0] + _alike(found[1], found[0])]
-            values.append(_array(J.values.detach()).reshape(len(J), -1))
+            values.append(_array(J.values.detach()).reshape(len(J), _blocks.size_of(J.out)))
             digests.append(fingerprint.of_inputs([*inputs[0], *inputs[1].values()]))
             methods.append(J.plan.method)
             done += len(J)
@@ -100,13 +100,13 @@ class Work:
             del J
         together = out is not None and all(rows.base is out for rows in found)
         rows = out[:done] if together and out is not None else _joined(found)
-        judged = values if self.kind in REDUCED else [rows.reshape(len(rows), -1)]
+        judged = values if self.kind in REDUCED else [rows]
         info = {
             "method": "+".join(dict.fromkeys(methods)),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
             "seconds": round(time.perf_counter() - start, 4),
-            "nonfinite": sum(int((~numpy.isfinite(part)).any(1).sum()) for part in judged if part.size),
+            "nonfinite": sum(int((~numpy.isfinite(part)).any(tuple(range(1, part.ndim))).sum()) for part in judged),
             "inputs": digests[0] if len(digests) == 1 else fingerprint.of_inputs(digests),
         }
         return {REDUCED.get(self.kind, self.kind): rows, "values": _joined(values)}, info
@@ -116,21 +116,22 @@ class Work:
         return parsed(self.what)[0]
 
     def _quantity(self, J: Any, out: numpy.ndarray | None) -> numpy.ndarray:
-        n, c = len(J), _blocks.size_of(J.out)
+        n, c, width = len(J), _blocks.size_of(J.out), J.columns.width
         if self.kind == "jacobian":
-            if out is not None and len(out) >= n and out.dtype == _numpy(J.dtype) and J.dtype != torch.bfloat16:
+            fits = out is not None and len(out) >= n and out.shape[1:] == (c, width) and out.dtype == _numpy(J.dtype)
+            if out is not None and fits and J.dtype != torch.bfloat16:
                 J.dense(out=torch.from_numpy(out[:n]).view(J.shape))
                 return out[:n]
-            return _array(J.dense()).reshape(n, c, -1)
+            return _array(J.dense()).reshape(n, c, width)
         if self.kind == "norms":
             return _array(J.norms()).reshape(n, c)
         if self.kind == "sketch":
             how = parsed(self.what)[1]
             return _array(J.sketch(*how)).reshape(n, c, how[0])
         if self.kind == "sum":
-            return _wide(_array(J.sum())).reshape(1, c, -1)
+            return _wide(_array(J.sum())).reshape(1, c, width)
         if self.kind == "diagonal":
-            return _wide(_array(J.diagonal())).reshape(1, -1)
+            return _wide(_array(J.diagonal())).reshape(1, width)
         assert self.others is not None
         parts = [_array(J.gram(self.jacobian(inputs))).reshape(n, c, stop - start, c) for start, stop, inputs in self.others()]
         return numpy.concatenate(parts, 2)
