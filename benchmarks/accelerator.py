@@ -48,10 +48,6 @@ def first(made: Made, n: int) -> Made:
     return Made(made.model, made.x[:n], None if made.target is None else made.target[:n])
 
 
-def clipped(norms: Tensor) -> Tensor:
-    return (CLIP / norms).clamp(max=1)
-
-
 def candidates(made: Made) -> dict[str, dict[str, Run]]:
     """{quantity: {who: what computes it}}; who cannot be made is left out, with the reason printed."""
     names = list(dict(made.model.named_parameters()))
@@ -69,7 +65,7 @@ def candidates(made: Made) -> dict[str, dict[str, Run]]:
 
     def summed() -> Tensor:
         parts, norms = by_rows()
-        return torch.cat([torch.einsum("n,np->p", clipped(norms), parts[name].flatten(1)) for name in names])
+        return torch.cat([torch.einsum("n,np->p", (CLIP / norms).clamp(max=1), parts[name].flatten(1)) for name in names])
 
     found["norms"]["vmap(grad)"], found["clipped sum"]["vmap(grad)"] = lambda: by_rows()[1], summed
     try:
@@ -80,7 +76,7 @@ def candidates(made: Made) -> dict[str, dict[str, Run]]:
         return found
 
     def reweighted() -> Tensor:
-        factors = clipped(ghost().detach())
+        factors = (CLIP / ghost().detach()).clamp(max=1)
         return torch.cat([g.flatten() for g in torch.autograd.grad((made.f(*made.inputs) * factors).sum(), list(made.model.parameters()))])
 
     found["norms"]["Opacus ghost"], found["clipped sum"]["Opacus ghost"] = ghost, reweighted
@@ -88,7 +84,7 @@ def candidates(made: Made) -> dict[str, dict[str, Run]]:
 
 
 def agreed(runs: dict[str, Run], made: Made, what: str) -> dict[str, Run]:
-    """The candidates that give what the first gives, to rounding; the first against float rows of two samples where it is alone."""
+    """The candidates that give what the first gives, to rounding; where it is alone, it is compared with rows of two samples."""
     if len(runs) == 1:
         two = first(made, 2)
         same(
@@ -177,7 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     known: dict[str, Any] = {"machine": sentence(describe(device))}
-    print(known["machine"])
+    print(known["machine"], flush=True)
     for name, make in cases(options.small, device).items():
         if options.case in name:
             print(name, flush=True)
@@ -191,15 +187,9 @@ def main() -> None:
 
 def line(found: dict[str, Any]) -> str:
     def one(value: Any) -> str:
-        if not isinstance(value, dict):
-            return (
-                f"{human_bytes(value)}/s"
-                if isinstance(value, float) and value > 1e3
-                else f"{value:.1e}"
-                if isinstance(value, float)
-                else value
-            )
-        return f"{value['seconds'] * 1e3:.1f} ms, {value['steps']:.2f} steps, {human_bytes(float(value['peak'] or 0))}"
+        if isinstance(value, dict):
+            return f"{value['seconds'] * 1e3:.1f} ms, {value['steps']:.2f} steps, {human_bytes(float(value['peak'] or 0))}"
+        return value if isinstance(value, str) else f"{human_bytes(value)}/s" if value > 1e3 else f"{value:.1e}"
 
     return "; ".join(f"{name} {one(value)}" for name, value in found.items())
 

@@ -240,7 +240,14 @@ def _stored(
         return identity(named, what, "batches", None, block, block, said)
 
     config = {"what": what, "options": {name: str(value) for name, value in said.items()}}
-    write_batches(path, Work(what, of), (inputs_of(batch) for batch in batches), fingerprint, config)
+    write_batches(
+        path,
+        Work(what, of),
+        (inputs_of(batch) for batch in batches),
+        fingerprint,
+        config,
+        drawn=options.get("randomness", "error") != "error",
+    )
     return open_store(path)
 
 

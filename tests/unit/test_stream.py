@@ -215,6 +215,15 @@ def test_every_kind_of_batches(model, data, what, kind):
     torch.testing.assert_close(found if isinstance(found, torch.Tensor) else torch.cat(list(found)), expected)
 
 
+def test_a_stream_of_another_function_does_not_go_on(model, data, tmp_path):
+    """The parameters and the batches are the same, the code is not."""
+    store = pt.stream(model, data[0].split(6)[:2], "norms", to=tmp_path / "s")
+    other = torch.nn.Sequential(model[0], torch.nn.ReLU(), *model[2:])
+    with pytest.raises(pt.StoreError, match="belongs to another function: sample 0"):
+        pt.stream(other, data[0].split(6), "norms", to=tmp_path / "s")
+    assert len(pt.open(store.path)) == 12 and len(pt.stream(model, data[0].split(6), "norms", to=tmp_path / "s")) == N
+
+
 def test_stores_of_batches_of_several_sizes(model, data, tmp_path):
     for sizes, words in (([5, 3, 14], "14 samples in batch|of one size"), ([5, 3, 5, 9], "3 samples in batch 1, and another after it")):
         with pytest.raises(pt.StoreError, match=words):

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from .._errors import InputError, StoreError
+from .._errors import InputError
 from .._typing import Tensor
 from ..checks.precision import Watch
 from ..checks.tolerance import Tolerance, coarsest, distance, size, typical
 from ..store.data import Data, Inputs
+from ..store.fingerprint import demand_same_values
 from ..store.format import Array
 from ..store.produce import Progress, finish, produce
 from ..store.reader import Store
@@ -157,16 +158,8 @@ def demand_same_function(job: Job, writer: Writer) -> None:
     if not writer.done or job.drawn:
         return
     n, stop = job.rows(min(writer.done))
-    kept = Store(job.path).rows_of_values(slice(n, min(stop, n + USUAL)))
-    found = job.work.jacobian(job.data.take(n, n + 1)).values.detach().cpu().reshape(1, -1).to(kept.dtype)
-    error = float(distance(kept[:1], found)) / max(float(typical(size(_finite(kept), samples=True))[0]), torch.finfo(kept.dtype).tiny)
-    if not error <= torch.finfo(job.dtype).eps ** 0.5:
-        raise StoreError(
-            f"{job.path} belongs to another function: sample {n} has other values",
-            got=f"off by {error:.1e} of what is usual there",
-            expected="the values that the store holds, to rounding",
-            hint="another folder for this run; nothing was overwritten",
-        )
+    found = job.work.jacobian(job.data.take(n, n + 1)).values
+    demand_same_values(Store(job.path).rows_of_values(slice(n, min(stop, n + USUAL))), found, job.dtype, f"{job.path}", n)
 
 
 def recompute(job: Job, rows: int, seed: int = 0) -> list[tuple[int, float, float]]:

@@ -11,6 +11,7 @@ import torch
 
 from .._errors import StoreError
 from .._typing import Tensor
+from ..checks.tolerance import distance, size, typical
 
 
 def of_tensors(named: Mapping[str, Tensor]) -> str:
@@ -61,6 +62,26 @@ def demand_same(found: Mapping[str, Any], expected: Mapping[str, Any], place: st
             f"{place} belongs to another run: its {', '.join(apart)} {'differs' if len(apart) == 1 else 'differ'}",
             got=f"{name}: {_short(expected.get(name))}",
             expected=f"{name}: {_short(found.get(name))}, as when it was made",
+            hint="another folder for this run; nothing was overwritten",
+        )
+
+
+def demand_same_values(kept: Tensor, found: Tensor, dtype: torch.dtype, place: str, sample: int) -> None:
+    """The values of the first of some samples, kept (n, C), beside those that f has now, which computes in `dtype`.
+
+    Raises
+    ------
+    StoreError
+        where they are apart by more than rounding: a fingerprint knows the parameters, and no code.
+    """
+    found = found.detach().cpu().reshape(len(found), kept.shape[1])[:1].to(kept.dtype)
+    usual = typical(size(kept.nan_to_num(0, 0, 0), samples=True))
+    error = float(distance(kept[:1], found)) / max(float(usual[0]), torch.finfo(kept.dtype).tiny)
+    if not error <= torch.finfo(dtype).eps ** 0.5:
+        raise StoreError(
+            f"{place} belongs to another function: sample {sample} has other values",
+            got=f"off by {error:.1e} of what is usual there",
+            expected="the values that the store holds, to rounding",
             hint="another folder for this run; nothing was overwritten",
         )
 

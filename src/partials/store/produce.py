@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy
+import torch
 
 from .._errors import InputError, StoreError
+from ..checks.precision import Watch
+from ..checks.tolerance import coarsest
 from . import fingerprint, journal
 from .data import Inputs
 from .format import Array
@@ -24,6 +27,8 @@ from .writer import Writer
 Part = TypeVar("Part")
 BUFFERS = 3
 """One that is computed into, one that waits, one that is written: kept, since fresh memory costs more than the arithmetic."""
+FEW = 16
+"""Samples whose values say what is usual."""
 
 
 @dataclass
@@ -152,17 +157,21 @@ def write_batches(
     identity: Callable[[int], Mapping[str, Any]],
     config: Mapping[str, Any],
     tell: Callable[[Progress], None] = lambda _: None,
+    *,
+    drawn: bool = False,
 ) -> Writer:
     """A store whose blocks are the batches of an iterable, whose length need not be known; goes on with one that exists.
 
-    Batches that are there already are not computed again; that they are the same is seen by the digest of their inputs.
+    Batches that are there already are not computed again; that they are the same is seen by the digest of their inputs, and by the values
+    of the first, unless they are `drawn`.
     """
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         raise InputError("there is no batch to store", got="an empty iterable", expected="at least one batch")
-    J = work.jacobian(first)
-    block = len(J)
+    with Watch(torch.float64) as watch:
+        J = work.jacobian(first)
+    block, values, dtype = len(J), J.values, coarsest(watch.dtype, J.values.dtype)
     if not block:
         raise InputError("the first batch holds no samples, so the size of a block is not known", got="0 samples", expected="at least one")
     writer = Writer(path, work.arrays(J, block, block), identity(block), config)
@@ -177,6 +186,9 @@ def write_batches(
         return J
 
     try:
+        if 0 in writer.done and not drawn:
+            kept = Store(path).rows_of_values(slice(0, min(block, FEW)))
+            fingerprint.demand_same_values(kept, values, dtype, str(path), 0)
         missing = _missing_of(writer, chain([first], batches), block, sizes)
         produce(writer, replace(work, jacobian=counted), missing, Progress(None), tell)
         finish(writer)

@@ -117,8 +117,11 @@ def test_ray_with_a_killed_worker(start, run, files):
     code, _, err = run(out="whole", **SLOWLY)
     assert code == 0, err
     process = start("--engine", "ray", out="store", **SLOWLY)
-    wait_for("store", 2, process, seconds=120)
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "ray::_block" in " ".join(p.cmdline())]
+    wait_for("store", 1, process, seconds=120)
+    workers = []
+    while not workers and process.poll() is None:
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [p for p in children if p.is_running() and "ray::_block" in " ".join(p.cmdline())]
     assert workers, "no worker was found at work"
     os.kill(workers[0].pid, signal.SIGKILL)
     _, err = process.communicate(timeout=180)
