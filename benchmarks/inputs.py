@@ -7,12 +7,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,10 +133,16 @@ def peak(name: str, method: str) -> float:
 
 def _peak_here(name: str, method: str) -> None:
     step = stepping(CASES[name], method, training=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _memory("VmRSS")
     step()
     step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(_memory("VmHWM") - before)
+
+
+def _memory(key: str) -> float:
+    """MiB of this process; getrusage would tell the parent's peak, which is kept across exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 
 def _told(name: str, what: str, figures: list[Timing]) -> None:

@@ -27,24 +27,22 @@ DEPTHS = (1, 8, 16, 32, 64)
 def main() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
     print(sentence(describe(torch.device("cpu"))))
-    slopes()
+    print(f"\nmicroseconds for each layer more than a training step's, depths {DEPTHS[0]} to {DEPTHS[-1]}")
+    for what, seconds in overheads().items():
+        print(f"  {what:<28}{1e6 * seconds:8.1f}   (bar {BARS[what]})")
     the_line()
 
 
-def slopes(turns: int = 41) -> None:
-    """Microseconds for each further layer of a deep network, in a call whose plan is known."""
-    print(f"\nmicroseconds for each layer more, depths {DEPTHS[0]} to {DEPTHS[-1]} (bars: 10 native, 50 vmapped)")
-    for what, made, options, bar in (
-        ("linear and tanh, native", _deep, {}, "native"),
-        ("linear and tanh, vmapped", _deep, {"randomness": "different"}, "vmapped"),
-        ("scale and shift, native", _scales, {}, "native"),
-    ):
+def overheads(turns: int = 41) -> dict[str, float]:
+    """Seconds for each further layer of a deep network, in a call whose plan is known, less those of a training step."""
+    found = {}
+    for what, (made, options) in KINDS.items():
         times: dict[str, list[float]] = {"step": [], "capture": []}
         for depth in DEPTHS:
             for timing in paired(_candidates(made(depth), options), turns):
-                times[timing.name].append(1e6 * timing.seconds)
-        step, capture = (_slope(times[name]) for name in ("step", "capture"))
-        print(f"  {what:<28} step {step:6.1f}   capture {capture:6.1f}   overhead {capture - step:6.1f}   ({bar})")
+                times[timing.name].append(timing.seconds)
+        found[what] = _slope(times["capture"]) - _slope(times["step"])
+    return found
 
 
 def _candidates(made: Made, options: dict[str, Any]) -> dict[str, Callable[[], Any]]:
@@ -77,7 +75,7 @@ def the_line(turns: int = 800) -> None:
         {
             "partials": ours,
             "functional.jacobian": lambda: torch.autograd.functional.jacobian(lambda a, b: line(x, a, b), (a, b)),
-            "a loop of backward": lambda: _loop(x, a, b),
+            "a loop of backward": lambda: loop(x, a, b),
         },
         3,
     )
@@ -106,7 +104,7 @@ def _scales(depth: int) -> Made:
     return net, (torch.randn(16, 8),), net
 
 
-def _loop(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def loop(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The notebook's own loop: a vector-Jacobian product with each unit vector, through `.grad`."""
     y, rows = line(x, a, b), torch.empty(len(x), 2)
     for i in range(len(x)):
@@ -116,6 +114,14 @@ def _loop(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         b.grad.zero_()
     a.grad = b.grad = None
     return rows
+
+
+KINDS: dict[str, tuple[Callable[[int], Made], dict[str, Any]]] = {
+    "linear and tanh, native": (_deep, {}),
+    "linear and tanh, vmapped": (_deep, {"randomness": "different"}),
+    "scale and tanh, native": (_scales, {}),
+}
+BARS = {"linear and tanh, native": 10.0, "linear and tanh, vmapped": 50.0, "scale and tanh, native": 10.0}
 
 
 def _slope(times: list[float]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.bars import Bar, Figures, bars
 from benchmarks.measure import ONE_STEP
+from benchmarks.reasons import reason
 from benchmarks.timing import ratio
 from partials._plan import human_bytes
 
@@ -53,10 +54,21 @@ def _row(bar: Bar) -> str:
 
 def page(figures: Figures, machine: str, versions: str) -> str:
     """docs/benchmarks.md."""
-    parts = [HEAD.format(machine=machine, versions=versions), "## The bars\n", table(figures)]
+    parts = [HEAD.format(machine=machine, versions=versions), "## The bars\n", table(figures), *_missed(figures)]
     for case, found in figures.items():
         parts += [f"\n## {case}\n", *_case(found)]
     return "\n".join(parts) + "\n"
+
+
+def _missed(figures: Figures) -> Iterator[str]:
+    """Under the table: why, and what was tried, the bars of one reason together."""
+    groups: dict[str, list[str]] = {}
+    for bar in bars(figures):
+        if bar.case in figures and bar.verdict == "missed":
+            groups.setdefault(reason(bar), []).append(f"{bar.quantity} ({bar.case}: {bar.value:.3g} {bar.unit})")
+    if groups:
+        yield "\n### Bars that were missed\n"
+    yield from (f"- {'; '.join(missed)}. {words}" for words, missed in groups.items())
 
 
 def _case(found: dict[str, Any]) -> Iterator[str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RandomnessError,
         StoreError,
     )
+    from ._formulas import formulas
     from ._input_jacobian import InputJacobian
     from ._jacobian import Jacobian, concat
     from ._plan import Plan
@@ -55,6 +56,7 @@ _HOMES = {
     "directional": ".taylor",
     "divergence": ".taylor",
     "explain": "._api",
+    "formulas": "._formulas",
     "gradient": "._api",
     "hessian": ".taylor",
     "jacobian": "._api",
@@ -94,6 +96,7 @@ __all__ = [
     "directional",
     "divergence",
     "explain",
+    "formulas",
     "gradient",
     "hessian",
     "jacobian",

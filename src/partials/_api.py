@@ -80,7 +80,9 @@ def jacobian(
     method
         "auto", or a name from `print(pt.explain(f, *inputs))`.
     check
-        "first": compared with one ordinary backward the first time; "always"; "never".
+        "first": compared with one ordinary backward the first time; "always"; "never": not compared. Without checks it is still proved that
+        every use of a parameter was seen, and measured where the samples are; but values that one sample takes from others without a
+        gradient (detached batch statistics) are not looked for: rows are then those of f with these values held constant.
     max_memory
         Bytes, or text such as "2GiB": a bound on the growth of memory.
     create_graph

@@ -49,7 +49,10 @@ class Block(ABC):
     def matmul(self, v: Tensor) -> Tensor:
         """J v: (*shape, k) -> (N, C, k)."""
         flat = self._flat()
-        return flat @ v.reshape(size_of(self.shape), v.shape[-1]).to(flat.dtype)
+        v = v.reshape(size_of(self.shape), v.shape[-1]).to(flat.dtype)
+        if not flat.is_contiguous() and (turned := flat.transpose(0, 1)).is_contiguous():  # (as one product, not one for each sample)
+            return (turned @ v).transpose(0, 1)
+        return flat @ v
 
     def rmatmul(self, u: Tensor) -> Tensor:
         """J^T u: (N, C, k) -> (*shape, k)."""

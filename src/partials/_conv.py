@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from . import _room
+from . import _formulas, _room
 from ._blocks import Block
 from ._factors import Outer
+from ._formulas import Costs
 from ._gather import each, widest
 from ._typing import Shape, Tensor
 
@@ -48,13 +49,13 @@ class Conv(Block):
 
     def dense(self) -> Tensor:
         """The rows: one product for each offset along the kernel's first dimension."""
-        if self.transposed:
+        if self.transposed or _formulas.choice("dense", self._costs()[1]) == "patches":
             return self._by_outer(lambda block: block.dense())
         return torch.stack(list(self._strips()), 5).reshape(*self.rows, *self.shape)
 
     def write(self, out: Tensor, *, add: bool = False) -> None:
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (self.a, self.g, out))
-        if self.transposed or tracked:
+        if self.transposed or tracked or _formulas.choice("dense", self._costs()[1]) == "patches":
             super().write(out, add=add)
             return
         target = out.view(*self.rows, self.groups, self.shape[0] // self.groups, *self.shape[1:])
@@ -143,9 +144,7 @@ class Conv(Block):
     def squared_norms(self) -> Tensor:
         if self.transposed:
             return self._by_outer(lambda block: block.squared_norms())
-        positions, patch = self.g.shape[2] * self.g.shape[4:].numel(), torch.Size(self.shape[1:]).numel()
-        features = self.rows[1] * self.shape[0] // self.groups
-        if positions * (patch + features) < features * patch:  # (few positions: pairs of them cost less than rows)
+        if _formulas.choice("norms", self._costs()[0]) == "pairs":
             return self._by_outer(lambda block: block.squared_norms())
         return self._by_samples(lambda block: reduce(torch.add, (each(strip, strip) for (strip,) in map(widest, block._strips()))))
 
@@ -189,6 +188,11 @@ class Conv(Block):
 
     def _at(self, samples: slice) -> Conv:
         return replace(self, a=self.a[samples], g=self.g[samples])
+
+    def _costs(self) -> tuple[Costs, Costs]:
+        """Of norms and of dense rows."""
+        positions, patch = self.g.shape[2] * self.g.shape[4:].numel(), torch.Size(self.shape[1:]).numel()
+        return _formulas.convolved(self.rows, positions, (self.groups, patch, self.shape[0] // self.groups), self.shape[2])
 
     def _step(self) -> int:
         """Samples whose patches fit in the room for rows."""

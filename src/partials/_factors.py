@@ -6,7 +6,6 @@ positions. *By rows* forms the rows of a few samples at a time. The one with few
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -15,7 +14,7 @@ from typing import Literal, TypeAlias, TypeGuard, final
 
 import torch
 
-from . import _room
+from . import _formulas, _room
 from ._blocks import Block
 from ._gather import Gather, across, cat, contracted, each, folded, in_chunks, in_tiles, lookup, mix, own, widest
 from ._products import rows_by_rows
@@ -170,9 +169,11 @@ class Outer(Block):
         return ((s, self._at(s)._formed()) for s in in_chunks(len(self.g), self._sample_bytes, self.g))
 
     def _forms_for(self, k: int) -> bool:
-        """Are rows cheaper for a product with k columns? They cost c*t*o*i to form and c*k*o*i to multiply."""
-        (t, _, i), c = self.a.shape[1:], self.rows[1]
-        return c * i * (t + k) < k * t * (i + c) and self._sample_bytes <= _room.tile(self.g)
+        """Are rows cheaper for a product with k columns?"""
+        (t, groups, i), (n, c), o = self.a.shape[1:], self.rows, self.g.shape[4]
+        if self._sample_bytes > _room.tile(self.g):
+            return False
+        return _formulas.choice("products", _formulas.products((n, c), t, (groups, i, o), k)) == "rows"
 
     def _columns(self, k: int) -> Iterator[slice]:
         n, _, t, groups, o = self.g.shape
@@ -185,6 +186,11 @@ class Outer(Block):
 
     def _pulled(self, u: Tensor) -> Tensor:
         """J^T u by u g: (N, C, k) to (*stored, k)."""
+        (n, t, groups, i), o = self.a.shape, self.g.shape[4]
+        if groups * u.shape[-1] == 1 and not _tracked(self.a, self.g, u):  # (einsum takes three times as long)
+            left, right = folded(self.g, u).reshape(n * t, o), self.a.reshape(n * t, i)
+            left, right = (left, right) if self.layout == "oi" else (right, left)
+            return (left.T @ right).view(*self._stored, 1)
         return torch.einsum(f"ntgok,ntgi->g{self.layout}k", folded(self.g, u), self.a)
 
     def _met(self, a: Tensor) -> Tensor:
@@ -215,10 +221,9 @@ def _(block: Outer) -> Callable[[Tensor], Tensor]:
 
 
 def _joined(left: Outer, right: Outer, join: Join, products: int) -> Tensor:
-    (_, c, t, _, o), (_, d, s, _, _), i = left.g.shape, right.g.shape, left.a.shape[3]
-    pairs = t * s * (i + d * o) + t * o * products
-    rows = (t * c + s * d * (right is not left) + products) * i * o
-    return _joined_by_rows(left, right, join) if rows < pairs else _joined_by_pairs(left, right, join)
+    (n, c, t, groups, o), (_, d, s, _, _), i = left.g.shape, right.g.shape, left.a.shape[3]
+    costs = _formulas.inner((n, c, d), (t, s), (groups, i, o), products, same=right is left)
+    return (_joined_by_rows if _formulas.choice("norms", costs) == "rows" else _joined_by_pairs)(left, right, join)
 
 
 def _joined_by_pairs(left: Outer, right: Outer, join: Join) -> Tensor:
@@ -243,17 +248,14 @@ def _joined_by_rows(left: Outer, right: Outer, join: Join) -> Tensor:
 
 
 def _gram(left: Outer, right: Outer) -> Tensor:
-    """Costs are those for each (n, m); the products of three factors run at a third of the speed of plain matrix products."""
     (n, c, t, groups, o), (m, d, s, _, _), i = left.g.shape, right.g.shape, left.a.shape[3]
-    pairs = 3 * (t * s * (i + d * o) + t * c * d * o)
-    mirrored = 3 * (t * s * (i + c * o) + s * c * d * o)
-    rows = (t * c / max(1, m) + s * d / max(1, n) + c * d) * i * o
-    dots = t * s * (i + c * d * (o + 16)) if groups == 1 else math.inf  # and a pass over what both products give
-    if dots <= min(rows, pairs, mirrored):
-        return _gram_by_dots(left, right)
-    if rows < min(pairs, mirrored):
-        return _gram_by_rows(left, right)
-    return _gram_by_pairs(left, right) if pairs <= mirrored else _gram_by_pairs(right, left).permute(2, 3, 0, 1)
+    rows, positions, weight = (n, c, m, d), (t, s), (groups, i, o)
+    formula = _formulas.choice("gram", _formulas.gram(rows, positions, weight))
+    if formula != "pairs":
+        return (_gram_by_rows if formula == "rows" else _gram_by_dots)(left, right)
+    if _formulas.pairs_of(rows, positions, weight) <= _formulas.pairs_of((m, d, n, c), (s, t), weight):
+        return _gram_by_pairs(left, right)
+    return _gram_by_pairs(right, left).permute(2, 3, 0, 1)
 
 
 def _gram_by_pairs(left: Outer, right: Outer) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ._errors import InputError, MemoryBudgetError, MethodError, near
+from ._formulas import choice
 
 Number = int | float
 LARGE = 2**28
@@ -61,6 +62,8 @@ class Use:
     formula: str = ""
     bytes: int = 0
     flops: int = 0
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Quantity -> formula -> estimated seconds, where there are formulas to choose from: `partials.formulas` chooses another."""
 
 
 @dataclass
@@ -150,9 +153,10 @@ class Plan:
             else:
                 lines.append(_row(mark, v.method, str(v.cost.passes), human_bytes(v.cost.bytes), human_time(v.cost.seconds), v.reason))
         if self.uses:
-            rows = [("parameter", "operation", "rule", "layout", "norms by", "bytes")]
-            rows += [(u.parameter, u.operation, u.rule, u.layout, u.formula, human_bytes(u.bytes)) for u in self.uses]
-            widths = [max(len(row[column]) for row in rows) for column in range(6)]
+            rows = [_HEAD, *map(_line, self.uses)]
+            kept = [column for column in range(len(_HEAD)) if any(row[column] for row in rows[1:])]
+            rows = [tuple(row[column] for column in kept) for row in rows]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines += ["    " + "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.chunk is not None:
             lines.append(f"  in chunks of {self.chunk}")
@@ -257,6 +261,24 @@ def human_time(seconds: float) -> str:
 
 def _row(mark: str, method: str, passes: str, memory: str, time: str, why: str) -> str:
     return f"{mark:<2}{method:<10}{passes:>8}  {memory:>10}  {time:>10}  {why}".rstrip()
+
+
+_HEAD = ("parameter", "operation", "rule", "layout", "norms by", "Gram by", "dense by", "bytes")
+
+
+def _line(use: Use) -> tuple[str, ...]:
+    chosen = _ranked(use, "norms") or use.formula, _ranked(use, "gram"), _ranked(use, "dense")
+    return use.parameter, use.operation, use.rule, use.layout, *chosen, human_bytes(use.bytes)
+
+
+def _ranked(use: Use, quantity: str) -> str:
+    """The formulas with their estimates, the chosen one first."""
+    costs = dict(use.costs.get(quantity, {}))
+    if not costs:
+        return ""
+    first = choice(quantity, costs)
+    order = [first, *sorted(costs.keys() - {first}, key=lambda formula: costs[formula])]
+    return ", ".join(f"{formula} {human_time(costs[formula])}" for formula in order)
 
 
 def _counted(number: int, one: str, many: str = "") -> str:

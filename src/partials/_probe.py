@@ -28,6 +28,9 @@ UNBATCHED = frozenset({torch.native_group_norm})
 UNVECTORISED = frozenset({torch.cdist, torch.lu_solve, torch.Tensor.lu_solve, torch.linalg.lu_solve})
 """torch 2.13: vmap of their vjp is wrong, with no error: `cdist` where batch dimensions broadcast, `lu_solve` within another vmap."""
 
+ROLLS = frozenset({torch.roll, torch.Tensor.roll})
+"""torch 2.13: vmap of the derivative of a single number's rolls over the samples, with no error."""
+
 STATISTICS = frozenset({F.layer_norm, torch.layer_norm, F.instance_norm, torch.instance_norm})
 """torch 2.13: their third derivative is wrong, with no error; under a transform the second one is."""
 
@@ -50,7 +53,7 @@ class Facts:
     vmap_unsafe: tuple[str, ...] = ()
     """Operations whose derivative under vmap is not that of the operation."""
     inexact: bool = False
-    """f differentiates through one of `STATISTICS` itself, which must be written out then."""
+    """f differentiates through one of `STATISTICS` itself, or calls a fused loss that allows one reverse pass: written out then."""
     reentrant: bool = False
     """The graph has a node that runs a part of f again in the reverse pass (`torch.utils.checkpoint` with use_reentrant=True)."""
 
@@ -134,7 +137,7 @@ class _Counter(TorchFunctionMode):
         self.random: dict[str, None] = {}
         self.unsafe: dict[str, None] = {}
         self.unbatched: dict[str, None] = {}
-        self.differentiates = self.normalises = False
+        self.differentiates = self.normalises = self.once = False
         self.seen: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -151,10 +154,11 @@ class _Counter(TorchFunctionMode):
         if state is not None and state != random_state():
             self.random[(resolve_name(func) or getattr(func, "__name__", "a random operation")).removeprefix("torch.")] = None
         self.differentiates |= func is torch.autograd.grad
+        self.once |= func is F.linear_cross_entropy and not getattr(kwargs.get("options"), "allow_retain_graph", True)
         if func in STATISTICS:
             self.normalises = True
             self.differentiates |= transform_of(args[0] if args else kwargs["input"]) != ""
-        if func in UNBATCHED or func in UNVECTORISED:
+        if func in UNBATCHED or func in UNVECTORISED or (func in ROLLS and result is not None and not result.ndim):
             self.unbatched[func.__name__] = None
         if func is F.embedding and (kwargs.get("padding_idx") is not None or (len(args) > 2 and args[2] is not None)):
             self.unsafe["embedding with padding_idx"] = None
@@ -162,7 +166,7 @@ class _Counter(TorchFunctionMode):
 
     @property
     def inexact(self) -> bool:
-        return self.differentiates and self.normalises
+        return self.once or (self.differentiates and self.normalises)
 
     @contextmanager
     def saving(self) -> Iterator[None]:

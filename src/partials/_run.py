@@ -89,9 +89,20 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
                 raise
             except Exception as error:  # f ran on a plain sample just before: what fails here may be the method's way of running it
                 if method != "auto" or out_of_memory(error):
+                    demand_second_pass(problem, made.method, error)
                     raise
                 failed = failed or error
                 refused[made.method] = f"f fails there ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+
+
+def demand_second_pass(problem: Problem, method: str, error: Exception) -> None:
+    """MethodError where an error says that f's graph allows a single reverse pass (a fused loss, a Function of the user's)."""
+    if any(words in str(error) for words in ("backward called twice", "backward through the graph a second time")):
+        raise MethodError(
+            f"method={method!r} runs several reverse passes through one call of {problem.name}, which allows one",
+            got=str(error).partition("\n")[0],
+            hint="method='auto', or method='loop' where each sample has one output",
+        ) from error
 
 
 def _demand_room(problem: Problem, made: Plan) -> None:

@@ -214,6 +214,20 @@ def test_batch_norm_without_checks():
         pt.jacobian(Net(nn.BatchNorm1d(4)), torch.randn(N, 4), check="never")
 
 
+@pytest.mark.parametrize("mix", [centred_by_detached_statistics, standardised_by_detached_statistics], ids=lambda f: f.__name__)
+def test_detached_statistics_without_checks_are_constants(mix):
+    """As the documentation of check="never" says; the first check finds them."""
+    model, x = Net(mix).double(), torch.randn(N, 4, dtype=torch.float64)
+    J = pt.jacobian(model, x, check="never")
+    out = model(x)
+    for n in range(N):
+        for c in range(2):
+            row = torch.autograd.grad(out[n, c], list(model.parameters()), retain_graph=True)
+            assert torch.allclose(J.dense()[n, c], torch.cat([g.flatten() for g in row]), rtol=1e-12, atol=1e-14)
+    with pytest.raises(pt.MixingError):
+        pt.jacobian(model, x)
+
+
 def test_a_state_made_for_the_batch_is_no_mixing():
     """Zeros of the batch's dtype look as if they depended on samples: their layout cannot be measured, and nothing is mixed."""
 

@@ -23,6 +23,12 @@ and compared with the run by the tests.
 
 """
 
+NO_CASES = (
+    "nn.CTCLoss with the targets of all samples one after the other in one vector: no dimension of it holds samples, so that it is refused"
+    " as an input with samples (a number of them that the other inputs do not have), and exact where it is shared, `in_dims={...: None}`",
+)
+"""Inputs of the database that cannot be cut into samples; each has a test of its own."""
+
 
 def written(found: Iterable[Line], version: str) -> str:
     found = list(found)
@@ -36,7 +42,7 @@ def written(found: Iterable[Line], version: str) -> str:
     text += "\n## Modules without parameters\n\nRun behind a learnt scale of their input; losses by `pt.gradient(loss=)`.\n\n"
     text += table([line for line in found if not line.parameters])
     text += "\n## What is refused\n\n" + "".join(f"- {reason.why}.\n" for reason in REASONS)
-    return text
+    return text + "\n## What is no case of the run\n\n" + "".join(f"- {words}.\n" for words in NO_CASES)
 
 
 def table(found: list[Line]) -> str:

@@ -71,6 +71,25 @@ def test_the_page_has_every_module_and_rules_for_most_that_have_parameters():
     assert all(worst <= judge.EXACT for _, worst in rows.values())
 
 
+def test_ctc_loss_with_the_targets_one_after_the_other():
+    """No dimension of them holds samples: refused as an input that has some, exact as one that all share."""
+    torch.manual_seed(0)
+    n, steps, lengths = 4, 6, torch.tensor([2, 3, 1, 3])
+    targets, model = torch.randint(1, 5, (int(lengths.sum()),)), torch.nn.Linear(3, 5).double()
+    x = torch.randn(n, steps, 3, dtype=torch.float64)
+    padded = torch.nn.utils.rnn.pad_sequence(targets.split(lengths.tolist()), batch_first=True)
+
+    def loss(x, targets, lengths):
+        given = torch.full((len(x),), steps)
+        return torch.nn.functional.ctc_loss(model(x).log_softmax(-1).transpose(0, 1), targets, given, lengths, reduction="none")
+
+    with pytest.raises(pt.InputError, match="targets"):
+        pt.jacobian(loss, x, targets, lengths, params=model)
+    J = pt.jacobian(loss, x, targets, lengths, params=model, in_dims={"targets": None, "lengths": None}, check="always")
+    expected = pt.jacobian(loss, x, padded, lengths, params=model, method="loop")
+    torch.testing.assert_close(J.dense(), expected.dense(), rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("kind", [*extra.RANDOM, torch.nn.FractionalMaxPool2d])
 def test_random_modules_ask_for_a_policy(kind):
     random = kind(2, output_size=2) if kind is torch.nn.FractionalMaxPool2d else kind()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
+from .. import _formulas
+from .._formulas import Costs
 from .._plan import Use as Line
 from .._typing import Tensor
 from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, Part
@@ -26,11 +28,13 @@ def described(
             if use.layout is not None and isinstance(use.part, ExpandedPart)
             else type(use.part).__name__.removesuffix("Part").lower(),
             layout=place if runner == "native" else runner,
-            formula=formula(use.part, prod(use.shape) // max(size, 1)),
+            formula=form,
+            costs=costs,
             bytes=held(use),
             flops=2 * prod(use.shape) * (use.part.parameter.numel() // max(features(use.part), 1)),
         )
         for use, place in zip(uses, places, strict=True)
+        for form, costs in [formula(use.part, prod(use.shape) // max(size, 1), size)]
     )
 
 
@@ -49,14 +53,24 @@ def features(part: Part) -> int:
     return shape[1:].numel() if isinstance(part, GatherPart) else part.parameter.numel()
 
 
-def formula(part: Part, entries: int) -> str:
-    """How norms of the block are computed, from the output's entries for one sample: one output's worth decides."""
+def formula(part: Part, entries: int, size: int) -> tuple[str, Mapping[str, Costs]]:
+    """How norms of the block are computed, from the output's entries for one sample, and the estimates: of one output's rows."""
     if isinstance(part, GatherPart):
-        return "equal rows"
+        return "equal rows", {}
     if not isinstance(part, OuterPart | ConvPart):
-        return "rows"
+        return "rows", {}
     o = features(part)
     i, positions = part.parameter.numel() // max(o, 1), entries // max(o, 1)
+    if isinstance(part, ConvPart) and not part.transposed:
+        weight = (part.groups, i, o // part.groups)
+        norms, dense = _formulas.convolved((size, 1), positions, weight, part.parameter.shape[2])
+        costs = {"norms": norms, "dense": dense}
+    else:
+        groups = part.parameter.shape[: part.groups].numel() if isinstance(part, OuterPart) else part.groups
+        weight = (groups, i // groups, o) if isinstance(part, OuterPart) else (groups, i, o // groups)
+        costs = {"norms": _formulas.inner((size, 1, 1), (positions, positions), weight, 1, same=True)}
+    if positions > 1 and isinstance(part, OuterPart):
+        costs["gram"] = _formulas.gram((size, 1, size, 1), (positions, positions), weight)
     if positions <= 1:
-        return "|a|^2 |g|^2"
-    return "pairs" if positions * (i + o) < i * o else "rows, freed"
+        return "|a|^2 |g|^2", {quantity: found for quantity, found in costs.items() if quantity != "norms"}
+    return _formulas.choice("norms", costs["norms"]), costs

@@ -125,7 +125,7 @@ class Recorder(TorchFunctionMode):
 
     def _fixed(self, args: Any, out: Any) -> bool:
         """Whether a pick is the same for all data and no cotangent goes through it: a mask looked up by positions that f counted out."""
-        if not torch.is_grad_enabled() or any(t.requires_grad for t in tensors_in((args, out))):
+        if not torch.is_grad_enabled() or any(_compat.unwrapped(t)[0].requires_grad for t in tensors_in((args, out))):
             return False  # (without grad it may be the inside of somebody's own Function)
         return not any(self.depends(t) for t in tensors_in(args[1:2]))
 
@@ -299,8 +299,9 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _data(self, args: Any, kwargs: Any, mine: set[int]) -> list[Tensor]:
-        others = [t for t in tensors_in((*args, *kwargs.values()) if kwargs else args) if t.requires_grad and id(t) not in mine]
-        return [_compat.unwrapped(t)[0] for t in others] if self.transforming else others
+        others = [t for t in tensors_in((*args, *kwargs.values()) if kwargs else args) if id(t) not in mine]
+        # (what vmap has wrapped says that it requires no grad, whatever is beneath)
+        return [t for t in ([_compat.unwrapped(t)[0] for t in others] if self.transforming else others) if t.requires_grad]
 
     def _by_expansion(self, func: Any, args: Any, kwargs: Any, parameters: list[Tensor]) -> Any:
         """The parameter as (N, *shape), one for each sample, seen by vmap as the sample's own: its cotangent is the block.

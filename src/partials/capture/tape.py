@@ -178,21 +178,37 @@ def _batch_norm(
     return _affine(F.batch_norm(input, mean, var, None, None, training, momentum, eps), _channels(weight, input), _channels(bias, input))
 
 
-def _conv2d(
-    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-) -> Tensor:
+def _convolution(dims: int) -> Callable[..., Tensor]:
     """The patches as rows of a matrix: memory for each place of the kernel, and a product that is recorded like any other."""
-    if groups != 1 or isinstance(padding, str) or input.ndim != 4:
-        raise Refused("a convolution with groups, padding by name or without a batch, within f's own reverse passes")
-    patches = F.unfold(input, weight.shape[-2:], dilation, padding, stride)
-    z = F.linear(patches.mT, weight.flatten(1), bias).mT
-    height = _length(input.shape[2], weight.shape[2], stride, padding, dilation, 0)
-    return z.unflatten(2, (height, z.shape[2] // height))
+
+    def conv(
+        input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ) -> Tensor:
+        if input.ndim != dims + 2:
+            raise Refused("a convolution without a batch, within f's own reverse passes")
+        steps, gaps = ((v,) * dims if isinstance(v, int) else tuple(v) * (dims // len(v)) for v in (stride, dilation))
+        spans = [gap * (size - 1) for gap, size in zip(gaps, weight.shape[2:], strict=True)]
+        patches = F.pad(input, _margins(padding, spans))
+        for d in range(dims):
+            patches = patches.unfold(2 + d, spans[d] + 1, steps[d])[..., :: gaps[d]]
+        rows = patches.movedim(1, 1 + dims).unflatten(1 + dims, (groups, -1)).flatten(2 + dims).unbind(1 + dims)
+        made = [F.linear(row, w.flatten(1)) for row, w in zip(rows, weight.chunk(groups), strict=True)]
+        z = (made[0] if groups == 1 else torch.cat(made, -1)).movedim(-1, 1)
+        return z if bias is None else z + bias.reshape(-1, *(1,) * dims)
+
+    return conv
 
 
-def _length(size: int, kernel: int, stride: Any, padding: Any, dilation: Any, d: int) -> int:
-    stride, padding, dilation = (v if isinstance(v, int) else v[d] for v in (stride, padding, dilation))
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def _margins(padding: Any, spans: list[int]) -> list[int]:
+    """Before and behind each dimension, the last one first, as `F.pad` has them."""
+    if padding == "same":
+        pairs = [(span // 2, span - span // 2) for span in spans]
+    elif isinstance(padding, str):
+        pairs = [(0, 0) for _ in spans]
+    else:
+        sizes = (padding,) * len(spans) if isinstance(padding, int) else tuple(padding) * (len(spans) // len(padding))
+        pairs = [(size, size) for size in sizes]
+    return [margin for pair in reversed(pairs) for margin in pair]
 
 
 AGAIN: dict[Any, Callable[..., Tensor]] = {
@@ -202,7 +218,7 @@ AGAIN: dict[Any, Callable[..., Tensor]] = {
     F.rms_norm: _rms_norm,
     torch.rms_norm: _rms_norm,
     F.batch_norm: _batch_norm,
-    F.conv2d: _conv2d,
-    torch.conv2d: _conv2d,
+    **{getattr(F, f"conv{dims}d"): _convolution(dims) for dims in (1, 2, 3)},
+    **{getattr(torch, f"conv{dims}d"): _convolution(dims) for dims in (1, 2, 3)},
 }
 """Operations with parameters, by operations that can be recorded through any number of reverse passes."""

@@ -18,8 +18,9 @@ from .subject import Subject
 from .tolerance import distance, over, size
 from .values import ROUNDED, same_alone, scale_of
 
-COUNT, ODD, OUTPUTS = 2, 4, 16
-"""Samples that are compared; samples whose rows are not finite; outputs, where these are compared one by one."""
+COUNT, ODD, OUTPUTS, EACH = 2, 4, 16, 8
+"""Samples that are compared; samples whose rows are not finite; outputs, where these are compared one by one; the largest batch of which
+every sample's values are compared."""
 
 
 def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
@@ -81,14 +82,15 @@ def _together(sides: Sides, runs: list[Identities]) -> dict[Key, Gap]:
 def _halves(subject: Subject, own: Tensor) -> float:
     """The error of every sample's values where f runs on a random half of the batch, against those in the batch (N, C).
 
-    Ranks, capacities and detached statistics may leave a few samples as they are, and no derivative tells of them.
+    In a small batch, also where it runs on that sample alone. Ranks, capacities and detached statistics may leave a few samples as they
+    are, and no derivative tells of them.
     """
     problem, worst = subject.problem, 0.0
     if problem.size < 4:
         return worst
     order = subject.draws.permutation(problem.size).to(own.device)
     scale = scale_of(own)
-    for half in order.tensor_split(2):
+    for half in (*order.tensor_split(2), *(order.split(1) if problem.size <= EACH else ())):
         half = half.sort().values
         try:
             found = call(part(problem, half)).values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,10 @@ class Call:
     places: list[Place] = field(default_factory=list)
     unread: str = ""
     """Why derivatives with respect to samples could not be made readable."""
+    again: Callable[[], Call] | None = None
+    """The same call once more."""
+    pulled: bool = False
+    """Whether a reverse pass has run."""
 
     @property
     def values(self) -> Tensor:
@@ -43,8 +47,23 @@ class Call:
             return [None] * len(wanted)
         if hides_uses(self.out):
             return self._pull_whole(u, wanted)
+        before, self.pulled = self.pulled, True
         places: Any = list(wanted)
-        return [strided(g) for g in torch.autograd.grad(self.out, places, u, retain_graph=True, allow_unused=True)]
+        try:
+            return [strided(g) for g in torch.autograd.grad(self.out, places, u, retain_graph=True, allow_unused=True)]
+        except RuntimeError:
+            if not before or self.again is None:
+                raise
+        return self._pull_anew(u, wanted)  # (a fused loss, or a Function of the user's, that allows one reverse pass)
+
+    def _pull_anew(self, u: Tensor, wanted: Sequence[Readable]) -> list[Tensor | None]:
+        """By another call of f, whose tensors and places are taken for this one's."""
+        assert self.again is not None
+        call = self.again()
+        mine, its = ([*other.tensors.values(), *(place.at for place in other.places)] for other in (self, call))
+        if len(mine) != len(its):
+            raise PartialsError("f, called twice, reads its inputs in different ways", hint="method='loop'")
+        return call.pull(u, [its[next(i for i, at in enumerate(mine) if at is place)] for place in wanted])
 
     def _pull_whole(self, u: Tensor, wanted: Sequence[Readable]) -> list[Tensor | None]:
         """By a whole `.backward()`, where reentrant checkpointing allows no other: gradients of leaves only."""
@@ -101,7 +120,8 @@ def _run(problem: Problem, *, reading: bool) -> Call:
     places += marks.places if marks is not None else []
     if reading:
         places += [Place(t.name, tensors[t.name], problem.dim_of(t)) for t in problem.inputs]
-    return Call(problem, tensors, out.reshape(problem.size, -1) if problem.size else out.flatten(1), places)
+    flat = out.reshape(problem.size, -1) if problem.size else out.flatten(1)
+    return Call(problem, tensors, flat, places, again=lambda: _run(problem, reading=reading))
 
 
 def stand_ins(problem: Problem) -> dict[str, Tensor]:

@@ -32,11 +32,11 @@ class Draws:
 
     def spread(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """A product of one vector for each dimension, of numbers of random sign between 1/2 and 3/2: cheap where there are millions."""
-        found = (self._uniform(1, like) + 0.5).view((1,) * len(shape)) * self.normal((1,) * len(shape), like).sign()
-        for dim, length in enumerate(shape):
+        found = like.new_ones(())
+        for dim, length in enumerate(shape or (1,)):
             vector = (self._uniform(length, like) + 0.5) * self.normal((length,), like).sign()
             found = found * vector.view(-1, *(1,) * (len(shape) - 1 - dim))
-        return found
+        return found.view(tuple(shape))
 
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
         wide = torch.float64 if like.dtype is torch.float64 else torch.float32

@@ -132,11 +132,11 @@ def data_of(specs: Sequence[str], change: Callable[[Any], Any], dims: Dims | Non
     return of_arrays(args, kwargs, change, dims)
 
 
-def dims_of(f: Any, options: Mapping[str, Any], loss: Any) -> Dims:
-    """The sample dimensions that a call of `jacobian` or `gradient` with these options would see."""
+def dims_of(f: Any, options: Mapping[str, Any], loss: Any, named: Callable[[dict[str, Any]], dict[str, Any]]) -> Dims:
+    """The sample dimensions that a call of `jacobian` or `gradient` with these options would see; `named`: keywords as it gets them."""
 
     def dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | None]:
-        problem = _problem(f, args, {**options, "loss": loss, "kwargs": dict(kwargs)})
+        problem = _problem(f, args, {**options, "loss": loss, "kwargs": named(dict(kwargs))})
         found = {id(leaf.tensor): leaf.dim for leaf in problem.leaves}
         return [found[id(tensor)] for _, tensor in walk((args, kwargs), "")]
 

@@ -191,7 +191,7 @@ def job_of(asked: Asked, out: str, what: str, weights: str | None, block: int | 
     budget = parse_bytes(asked.max_memory)
     most = None if budget is None else budget // (2 * BUFFERS)
     config = {**asdict(asked), "what": what, "weights": weights, "block": block}
-    data = data_of(specs, change, dims_of(f, options, loss)).limited(asked.limit)
+    data = data_of(specs, change, dims_of(f, options, loss, partial(prepare.with_labels, asked))).limited(asked.limit)
     return job(out, what, drawing if drawn else rows, data, state, named, config, block=block, most=most, drawn=drawn)
 
 

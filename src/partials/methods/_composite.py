@@ -10,6 +10,7 @@ Operations that the rules re-express in others (recurrent layers, which vmap can
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -23,12 +24,16 @@ from ..rules import COMPOSITES, NoRule, Run
 
 
 class Composite(TorchFunctionMode):
-    """Runs the functions of the table below in place of torch's own."""
+    """Runs the functions of a table, that below, in place of torch's own."""
+
+    def __init__(self, table: Mapping[Any, Any] | None = None) -> None:
+        super().__init__()
+        self.table = TABLE if table is None else table
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in TABLE:
-            return TABLE[func](*args, **kwargs)
+        if func in self.table:
+            return self.table[func](*args, **kwargs)
         if func in COMPOSITES:
             with suppress(NoRule):
                 return COMPOSITES[func](Run(lambda t: transform_of(t) == "vmap", True), *args, **kwargs)

@@ -21,6 +21,7 @@ from .._typing import Tensor
 from . import rules as _rules  # noqa: F401 - fills the table
 from .frame import Frame
 from .jets import Jet, NoRule
+from .rules.structure import setitem
 from .table import ATTRIBUTES, BENT, JET_RULES, VALUE_ONLY, JetRule, found, parameters_of
 
 _MARK = "_partials_jet"
@@ -89,6 +90,8 @@ class JetMode(TorchFunctionMode):
                 with torch.no_grad():
                     return func(*_values(swapped), **{name: _values(value) for name, value in named.items()})
             rule = JET_RULES.get(func)
+            if func is torch.Tensor.__setitem__:
+                return self._written(func, args[0], swapped[0], through(setitem, func, swapped, named))
             if rule is not None:
                 if func in BENT:
                     self.bent.add(BENT[func])

@@ -7,8 +7,7 @@ Laplacian is one node: its second derivatives are summed before anything else di
 The same recursion runs on two reverse modes: `torch.autograd.grad` on fresh leaves, and `torch.func.vjp` where a transform is active,
 inside which `torch.autograd.grad` has no meaning. Forward mode is never nested.
 
-torch's own layer_norm and instance_norm are silently wrong from the third derivative on (torch 2.13, by several hundred percent): they
-are written out in elementary operations.
+What torch cannot differentiate so often, or does wrongly, is written out in elementary operations (`written_out`).
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from .._typing import Shape, Tensor
 from ..methods._composite import Composite
 from .specs import VALUE, Term
 from .transforms import inside_transform
+from .written_out import EVERY_ORDER
 
 
 class Slot(NamedTuple):
@@ -126,7 +126,7 @@ def nested(
     like: list[Tensor] = []
 
     def layer(*leaves: Tensor) -> Layered:
-        with Composite():
+        with Composite(EVERY_ORDER):
             value = call(*leaves)
         like[:] = [value]
         columns = _columns(value, points)

@@ -141,9 +141,14 @@ def silu(x: Tensor, n: int, value: Known = None) -> Coefficients:
     return [F.silu(x), *_times_x(x, sigmoid(x, n))[1:]]
 
 
+def normal(x: Tensor, n: int, value: Known = None) -> Coefficients:
+    """Phi(x), the normal distribution function."""
+    return [0.5 * torch.erfc(-x / math.sqrt(2)), *_normal_density(x, n)]
+
+
 def gelu(x: Tensor, n: int, value: Known = None) -> Coefficients:
     """x Phi(x)."""
-    return [F.gelu(x), *_times_x(x, [0.5 * torch.erfc(-x / math.sqrt(2)), *_normal_density(x, n)])[1:]]
+    return [F.gelu(x), *_times_x(x, normal(x, n))[1:]]
 
 
 def gelu_tanh(x: Tensor, n: int, value: Known = None) -> Coefficients:

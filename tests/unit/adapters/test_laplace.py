@@ -365,6 +365,20 @@ def test_a_subnetwork_is_fitted():
     assert found(x).shape == (N, C)
 
 
+def test_training_by_marginal_likelihood_and_nystroem_features():
+    model, x, y = made("plain", "regression")
+    options = {"likelihood": "regression", "hessian_structure": "diag", "n_epochs": 4, "n_epochs_burnin": 2, "marglik_frequency": 2}
+    found = []
+    for backend in (PartialsGGN, BackPackGGN):
+        torch.manual_seed(3)
+        _, _, margin, _ = laplace.marglik_training(made("plain", "regression")[0], loader(x, y), backend=backend, **options)
+        found.append(margin)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    features = laplace.baselaplace.ELLA(model, "regression", n_eigenvalues=3, subsample_size=6, backend=PartialsGGN)
+    features.fit(loader(x, y))
+    assert features(x)[1].shape == (N, C, C)
+
+
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_a_transformer_with_inputs_by_name(structure):
     transformers = pytest.importorskip("transformers")

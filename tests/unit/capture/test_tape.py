@@ -25,6 +25,12 @@ NETWORKS = {
     "conv": lambda: nn.Sequential(
         nn.Unflatten(1, (1, 1, 2)), nn.Conv2d(1, 3, (1, 2), padding=(0, 1)), nn.Tanh(), nn.Flatten(), nn.Linear(9, 1)
     ),
+    "conv in one dimension": lambda: nn.Sequential(
+        *(nn.Linear(2, 8), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 4, 2, 2, 1, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 1))
+    ),
+    "conv in three dimensions": lambda: nn.Sequential(
+        *(nn.Linear(2, 8), nn.Unflatten(1, (1, 2, 2, 2)), nn.Conv3d(1, 2, 3, padding="same"), nn.Tanh(), nn.Flatten(), nn.Linear(16, 1))
+    ),
 }
 
 

@@ -190,3 +190,20 @@ def test_a_function_without_derivatives_by_its_inputs():
     assert report.passed and any("no derivative by its inputs" in note for note in report.notes)
     with pytest.raises(pt.MixingError):
         pt.check(lambda x, a: a * (x - x.mean(0)).detach(), torch.randn(6, 3), a, method="grad")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_branch_on_the_whole_batch_that_few_samples_notice(seed):
+    """How often a layer is applied depends on the norm of the batch: two random samples alone may say nothing, all of them do."""
+    torch.manual_seed(seed)
+    layer, x = torch.nn.Linear(4, 4), torch.randn(5, 4)
+    x[3] *= 0.01
+
+    def f(x):
+        h, steps = x, 0
+        while float(h.detach().norm()) > 0.3 and steps < 3:
+            h, steps = torch.tanh(layer(h)), steps + 1
+        return h
+
+    with pytest.raises(pt.MixingError, match="another value alone than in the batch"):
+        pt.jacobian(f, x, params=layer, check="always")

@@ -243,13 +243,25 @@ def test_errors_are_value_errors() -> None:
 
 
 def test_an_operation_without_a_second_derivative_is_named() -> None:
-    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-    at = partial(lambda x: layer(x[..., None].expand(*x.shape, 4)).sum(-1), "xx", coords="x", vectors="x")
+    X = torch.rand(5, 3)
+    at = partial(lambda x: torch.heaviside(x, torch.tensor(0.5)) * x, "xx")
     with pytest.raises(MethodError, match="cannot be differentiated again") as error:
-        at(torch.rand(5, 3))
-    assert "attention" in error.value.got and "SDPBackend.MATH" in error.value.hint
+        at(X)
+    assert "heaviside" in error.value.got
+
+
+@pytest.mark.parametrize("method", ["nested", "taylor"])
+def test_attention_needs_no_other_kernel(method: str) -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).double()
+    X = torch.rand(5, 3, dtype=torch.float64)
+
+    def u(x: torch.Tensor) -> torch.Tensor:
+        return layer(torch.stack([x, x**2, x.sin(), x.cos()], -1))[..., 0]
+
+    found = partial(u, "xx", coords="x", vectors="x", method=method)(X)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert at(torch.rand(5, 3)).shape == (5, 3, 3, 3)
+        (first,) = torch.func.vmap(torch.func.jacrev(torch.func.jacrev(lambda x: u(x[None])[0])))(X)[None]
+    torch.testing.assert_close(found, first)
 
 
 def test_missing_arguments_are_the_functions_own_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,31 @@ def layers() -> tuple[nn.Module, nn.Module]:
 
 FIRST, LAST = layers()
 X = torch.randn(7, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
+
+
+def square(z: Tensor) -> Tensor:
+    return z.view(7, 2, 2) + 2 * torch.eye(2, dtype=F64)
+
+
+def written(z: Tensor) -> Tensor:
+    y = z.sin()
+    y[:, 0] = z[:, 1] * z[:, 2]
+    y[:, 1] = 1.5
+    y[..., 2:] = 2 * z[..., 2:]
+    return y * z
+
+
+def recurrent(name: str, *, cell: bool, **options: Any) -> Function:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if cell:
+            one = getattr(nn, f"{name}Cell")(4, 4).double()
+            return lambda z: one(z)[0] * z if name == "LSTM" else one(z) * z
+        layers = getattr(nn, name)(2, 4, batch_first=True, **options).double()
+        return lambda z: layers(z.view(7, 2, 2))[0][:, :, :4].sum(1) * layers(z.view(7, 2, 2))[0][:, -1, -4:]
+
+
+W = torch.eye(4, dtype=F64) + 0.1
 RULES: dict[str, Function] = {
     **{
         name: getattr(torch, name)
@@ -115,6 +141,51 @@ RULES: dict[str, Function] = {
     "in place": lambda z: (z * 2).mul_(3).tanh_(),
     "masked_fill": lambda z: z.sin().masked_fill(torch.eye(7, 4, dtype=torch.bool), 2.0),
     "dtype": lambda z: z.to(torch.float64).double().tanh(),
+    "amax": lambda z: z.amax(-1, keepdim=True) * z + z.amin((1,))[:, None],
+    "equal extremes": lambda z: torch.stack([z**2, z * z.detach()], -1).amax(-1),
+    "3-norm": lambda z: z.norm(p=3, dim=-1, keepdim=True) * z,
+    "4-norm": lambda z: torch.linalg.vector_norm(z, 4, dim=-1, keepdim=True) * z,
+    "max norm": lambda z: z.norm(p=math.inf, dim=-1, keepdim=True) * z,
+    "matrix norm": lambda z: torch.linalg.matrix_norm(square(z))[:, None] * z,
+    "cumprod": lambda z: z.cumprod(-1),
+    "logaddexp": lambda z: torch.logaddexp(z, z.flip(-1) ** 2) + torch.logaddexp(z[:, :1], torch.ones(4, dtype=F64)),
+    "logit": lambda z: torch.logit(0.5 + 0.2 * torch.sin(z)),
+    "ndtr": torch.special.ndtr,
+    "degrees": lambda z: torch.deg2rad(50 * z).sin() * torch.rad2deg(z),
+    "remainders": lambda z: z.frac() * torch.remainder(z, 1.0) * torch.fmod(z, 0.5) * (z % 0.7),
+    "hstack": lambda z: torch.hstack([z[:, :2], z[:, 2:] ** 2]),
+    "vstack": lambda z: torch.vstack([z[:, 0] * z[:, 1], z[:, 1], z[:, 2] ** 3, torch.ones(7, dtype=F64)]).mT,
+    "dstack": lambda z: torch.dstack([z**2, z * z.flip(-1)]).sum(-1),
+    "flips": lambda z: z.fliplr() * torch.flipud(torch.flipud(z)),
+    "diff": lambda z: F.pad((z**3).diff(dim=-1), (0, 1)),
+    "unfold": lambda z: F.pad((z**2).unfold(1, 2, 1).sum(-1) * z[:, :3], (0, 1)),
+    "writes": written,
+    "complex": lambda z: (torch.complex(z, z**2).square() * torch.complex(z, torch.ones(4, dtype=F64)).conj()).imag,
+    "complex parts": lambda z: torch.view_as_real(torch.exp(1j * z[:, :2])).flatten(1) * torch.exp((0.3 + 1j) * z).abs(),
+    "complex views": lambda z: torch.view_as_complex(z.view(7, 2, 2)).angle().repeat(1, 2),
+    "atan2": lambda z: torch.atan2(z, z.roll(1, -1)) * torch.atan2(z, torch.tensor(0.5, dtype=F64)),
+    "det": lambda z: torch.linalg.det(square(z))[:, None] * z,
+    "det of three": lambda z: torch.det(torch.einsum("ni,nj->nij", z[:, :3], z.sin()[:, :3]) + torch.eye(3, dtype=F64))[:, None] * z,
+    "slogdet": lambda z: torch.linalg.slogdet(square(z)).logabsdet[:, None] * z + torch.slogdet(square(z))[0][:, None],
+    "logdet": lambda z: torch.logdet(square(z) @ square(z).mT)[:, None] * z,
+    "inverse": lambda z: torch.linalg.inv(square(z)).flatten(1) + square(z).inverse().flatten(1),
+    "solve": lambda z: torch.linalg.solve(square(z), square(z**2)).flatten(1) * torch.linalg.solve(square(z), z[:, :2]).repeat(1, 2),
+    "constant solve": lambda z: torch.linalg.solve(2 * torch.eye(4, dtype=F64).expand(7, 4, 4), z**2),
+    "matrix_power": lambda z: torch.linalg.matrix_power(square(z), 3).flatten(1),
+    "cross": lambda z: F.pad(torch.linalg.cross(z[:, :3], z[:, 1:] ** 2), (0, 1)),
+    "vecdot": lambda z: torch.linalg.vecdot(z, z.sin())[:, None] * z,
+    "inner": lambda z: torch.inner(z**2, torch.ones(4, 4, dtype=F64).tril()),
+    "tensordot": lambda z: (
+        torch.tensordot(z**2, torch.ones(4, 4, dtype=F64).tril(), dims=1) * torch.tensordot(z, torch.eye(4, dtype=F64), ([1], [0]))
+    ),
+    "distances": lambda z: (
+        F.pairwise_distance(z, z.flip(-1) + 1)[:, None] * F.cosine_similarity(z, z.flip(-1) ** 2 + 1, dim=-1)[:, None] * z
+    ),
+    "glu": lambda z: F.glu(z, -1).repeat(1, 2) * z,
+    **{f"{name} cell": recurrent(name, cell=True) for name in ("RNN", "GRU", "LSTM")},
+    **{name: recurrent(name, cell=False) for name in ("RNN", "GRU", "LSTM")},
+    "relu RNN": recurrent("RNN", cell=False, nonlinearity="relu"),
+    "bidirectional": recurrent("LSTM", cell=False, num_layers=2, bidirectional=True, bias=False),
 }
 
 
@@ -184,6 +255,17 @@ def test_results_can_be_differentiated_again() -> None:
     assert fourth.isfinite().all()
 
 
+def test_distances_that_torch_cannot_differentiate_twice() -> None:
+    """torch.cdist has no second derivative: its rule is compared with the same written out."""
+    centres = torch.rand(3, 2, dtype=F64)
+    found = derivatives(lambda X: torch.exp(-torch.cdist(X[:, None], centres)).sum((-1, -2)), "x", "xxyy", coords="xy", method="taylor")
+    right = derivatives(lambda X: torch.exp(-(X[:, None] - centres).norm(dim=-1)).sum(-1), "x", "xxyy", coords="xy", method="nested")
+    points = torch.rand(5, 2, dtype=F64)
+    ours, theirs = (at(points) for at in (found, right))
+    torch.testing.assert_close(ours.x, theirs.x)
+    torch.testing.assert_close(ours.xxyy, theirs.xxyy)
+
+
 class Cube(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -226,3 +308,11 @@ def test_a_planted_error_in_a_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(CheckError, match="disagree"):
         laplacian(lambda X: torch.tanh(X[..., 0] * X[..., 1]), method="taylor")(points)
     laplacian(lambda X: torch.tanh(X[..., 0] * X[..., 1]) + 0, method="taylor", check="never")(points)
+
+
+@pytest.mark.parametrize("order", [2, 4])
+def test_a_derivative_that_is_rounding_alone_is_no_disagreement(order: int) -> None:
+    at = derivatives(lambda x: torch.sin(30 * x) ** 2 + torch.cos(30 * x) ** 2, "x" * order, method="taylor", check="always")
+    for n in range(5):
+        x = torch.rand(9, dtype=F64, generator=torch.Generator().manual_seed(n))
+        assert at(x)["x" * order].abs().max() < 1e-14 * 60**order

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from . import arithmetic, attention, bent, norm, pointwise, products, reduce, structure, values
+from . import arithmetic, attention, bent, linalg, norm, numbers, pointwise, products, recurrent, reduce, structure, values
 
-__all__ = ["arithmetic", "attention", "bent", "norm", "pointwise", "products", "reduce", "structure", "values"]
+__all__ = [
+    "arithmetic",
+    "attention",
+    "bent",
+    "linalg",
+    "norm",
+    "numbers",
+    "pointwise",
+    "products",
+    "recurrent",
+    "reduce",
+    "structure",
+    "values",
+]

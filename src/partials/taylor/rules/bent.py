@@ -28,8 +28,9 @@ def _bent(function: Callable[[Tensor], Tensor], slope: Slope) -> Callable[..., J
     return lambda f: compose(piecewise_linear(function, slope), f)
 
 
+relu = _bent(torch.relu, lambda x: x > 0)
+enter(relu, "relu")
 for _name, _function, _slope in (
-    ("relu", torch.relu, lambda x: x > 0),
     ("relu6", F.relu6, lambda x: (x > 0) & (x < 6)),
     ("hardsigmoid", F.hardsigmoid, lambda x: ((x > -3) & (x < 3)) / 6),
 ):
@@ -135,9 +136,42 @@ enter(_either(torch.fmax), "fmax")
 enter(_either(torch.fmin), "fmin")
 
 
-@jet_rule("amax", "amin")
-def amax(f: Jet, dim: Any = (), keepdim: bool = False) -> Jet:
-    raise NoRule("amax or amin, which share among equal entries: max and min with a dimension have a rule")
+def _shared(extreme: Callable[..., Tensor]) -> Callable[..., Jet]:
+    """Equal entries share the derivative."""
+
+    def rule(f: Jet, dim: Any = (), keepdim: bool = False) -> Jet:
+        dims = tuple(behind(d, f.ndim) - 1 for d in ((dim,) if isinstance(dim, int) else dim))
+        value, rest = f.parts
+        made = extreme(value, dims, True)
+        there = value == made
+        slots = torch.where(there, rest, 0).sum([d + 1 for d in dims] or list(range(1, rest.ndim)), True) / there.sum(dims, True)
+        whole = Jet(f.frame, parts=(made, slots))
+        kept = dims or tuple(range(f.ndim))
+        return whole if keepdim else linear(whole, lambda t: t.squeeze(tuple(d + 1 for d in kept)))
+
+    return rule
+
+
+amax = _shared(torch.amax)
+enter(amax, "amax")
+enter(_shared(torch.amin), "amin")
+
+
+def _sawtooth(function: Any) -> Callable[..., Jet]:
+    """The derivatives of the argument, wherever there are any."""
+
+    def rule(f: Any, *by: Any) -> Jet:
+        if not isinstance(f, Jet) or any(isinstance(b, Jet) or getattr(b, "requires_grad", False) for b in by):
+            raise NoRule("a remainder by what is differentiated")
+        value, rest = f.parts
+        made = function(value, *by)
+        return Jet(f.frame, parts=(made, rest.expand(rest.shape[0], *made.shape)))
+
+    return rule
+
+
+for _name in ("frac", "fmod", "remainder", "__mod__"):
+    enter(_sawtooth(getattr(torch, _name, None) or getattr(torch.Tensor, _name)), _name)
 
 
 @jet_rule("max")

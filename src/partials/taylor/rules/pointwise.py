@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from .. import series
 from ..composition import Series
-from ..jets import Jet, NoRule, compose, minus
+from ..jets import Jet, NoRule, compose, minus, scaled
 from ..table import enter, jet_rule
 
 _SMOOTH: dict[str, Series] = {
@@ -25,6 +26,7 @@ _SMOOTH: dict[str, Series] = {
     "log2": functools.partial(series.log, base=2.0),
     "log10": functools.partial(series.log, base=10.0),
     "expit": series.sigmoid,
+    "ndtr": series.normal,
     **{f"arc{name[1:]}": getattr(series, name) for name in ("asin", "acos", "atan", "asinh", "acosh", "atanh")},
 }
 
@@ -42,9 +44,21 @@ def erfc(f: Jet) -> Jet:
     return minus(1.0, compose(series.erf, f))
 
 
-@jet_rule("ndtr")
-def ndtr(f: Jet) -> Jet:
-    raise NoRule("special.ndtr")
+@jet_rule("logit")
+def logit(f: Jet, eps: float | None = None) -> Jet:
+    if eps is not None:
+        raise NoRule("logit with eps")
+    return minus(compose(series.log, f), compose(series.log, minus(1.0, f)))
+
+
+@jet_rule("deg2rad")
+def deg2rad(f: Jet) -> Jet:
+    return scaled(f, math.pi / 180)
+
+
+@jet_rule("rad2deg")
+def rad2deg(f: Jet) -> Jet:
+    return scaled(f, 180 / math.pi)
 
 
 @jet_rule("tanhshrink")

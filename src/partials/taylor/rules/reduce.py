@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..jets import Jet, NoRule, compose, linear, minus, plus, scaled, times
+from ..jets import Jet, NoRule, broadcast, compose, join, lifted, linear, minus, plus, scaled, spread, times
 from ..series import exp, log, power
 from ..table import jet_rule
 from .structure import behind, copied
@@ -78,8 +78,10 @@ def norm(f: Jet, p: Any = None, dim: Any = None, keepdim: bool = False, dtype: A
     """At the zero vector first derivatives are torch's choice, zero; of higher ones there are none: NaN, as in reverse mode."""
     p = kwargs.get("ord", p)
     p = 2 if p is None or p == "fro" else p
-    if p not in (1, 2) or dtype is not None or f.anything.is_complex() or kwargs.keys() - {"ord"}:
-        raise NoRule("a norm of order other than 1 or 2")
+    if not isinstance(p, int | float) or p <= 0 or dtype is not None or f.anything.is_complex() or kwargs.keys() - {"ord"}:
+        raise NoRule("a norm of an unusual order or dtype")
+    if p not in (1, 2):
+        return _other_norm(f, p, dim, keepdim)
     if p == 1:
         sign = torch.sign(f.bare())
         return total(linear(f, lambda t: t * sign), dim, keepdim)
@@ -87,6 +89,34 @@ def norm(f: Jet, p: Any = None, dim: Any = None, keepdim: bool = False, dtype: A
     value, rest = made.parts
     first = torch.tensor([term.order == 1 for term in f.frame.slots[1:]], device=value.device).reshape(-1, *(1,) * value.ndim)
     return Jet(f.frame, parts=(value, torch.where(first & (value == 0), 0, rest)))
+
+
+def _other_norm(f: Jet, p: float, dim: Any, keepdim: bool) -> Jet:
+    from .bent import abs_, amax
+
+    if p == math.inf:
+        return amax(abs_(f), () if dim is None else dim, keepdim)
+    return compose(power(1 / p), total(compose(power(p), f if p % 2 == 0 else abs_(f)), dim, keepdim))
+
+
+@jet_rule("cumprod")
+def cumprod(f: Jet, dim: int, *, dtype: Any = None) -> Jet:
+    """One factor after the other."""
+    if dtype is not None or f.shape[dim] > 64:
+        raise NoRule("cumprod over more than 64")
+    made, *factors = (linear(f, partial(torch.narrow, dim=behind(dim, f.ndim), start=i, length=1)) for i in range(f.shape[dim]))
+    found = [made]
+    for factor in factors:
+        found.append(times(found[-1], factor))
+    return join(found, lambda stacks: torch.cat(list(stacks), behind(dim, f.ndim)), dim % f.ndim)
+
+
+@jet_rule("logaddexp")
+def logaddexp(f: Any, g: Any) -> Jet:
+    like = f if isinstance(f, Jet) else g
+    shape = broadcast(tuple(f.shape), tuple(g.shape))
+    both = [Jet(like.frame, parts=spread(t if isinstance(t, Jet) else lifted(t, like.frame, like), shape)) for t in (f, g)]
+    return logsumexp(join(both, lambda stacks: torch.stack(list(stacks), 1)), 0)
 
 
 @jet_rule("logsumexp")

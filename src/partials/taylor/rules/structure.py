@@ -195,34 +195,6 @@ def copied(f: Jet, **memory_format: Any) -> Jet:
     return Jet(f.frame, f.stack) if f.whole else Jet(f.frame, parts=f.parts)
 
 
-@jet_rule("to", "type", "type_as", "cpu", "cuda")
-def to(f: Jet, *args: Any, **kwargs: Any) -> Jet:
-    """Another dtype or device; the tensor itself where it has those already."""
-    plain = [arg.anything if isinstance(arg, Jet) else arg for arg in args]
-    like: Any = f.anything.new_empty(0)
-    like = like.to(*plain, **kwargs)
-    return alias(f, linear(f, lambda t: t.to(like.device, like.dtype)))
-
-
-for _name, _dtype in {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}.items():
-    enter(lambda f, _dtype=_dtype: to(f, _dtype), getattr(torch.Tensor, _name))
-
-
-@jet_rule("real", torch.Tensor.real.__get__)  # type: ignore[attr-defined]
-def real(f: Jet) -> Jet:
-    return alias(f, linear(f, torch.real)) if f.anything.is_complex() else same(f)
-
-
-@jet_rule("imag", torch.Tensor.imag.__get__)  # type: ignore[attr-defined]
-def imag(f: Jet) -> Jet:
-    return alias(f, linear(f, torch.imag))
-
-
-@jet_rule("view_as_real", "view_as_complex", "conj")
-def unsupported(*args: Any, **kwargs: Any) -> Jet:
-    raise NoRule("a view of complex numbers")
-
-
 @jet_rule("cat", "concat", "concatenate")
 def cat(tensors: Sequence[Any], dim: int = 0, **axis: int) -> Jet:
     ndim = next(t.ndim for t in tensors if isinstance(t, Jet))
@@ -242,9 +214,68 @@ def column_stack(tensors: Sequence[Any]) -> Jet:
     return cat(wide, 1)
 
 
-@jet_rule("hstack", "vstack", "dstack", "row_stack")
-def other_stacks(*args: Any, **kwargs: Any) -> Jet:
-    raise NoRule("hstack, vstack or dstack: cat and stack have a rule")
+def _stacks(name: str, least: int, dim: Callable[[int], int]) -> Callable[..., Jet]:
+    """cat along a dimension, of tensors with at least so many."""
+    raised: Any = (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d)[least - 1]
+
+    def rule(tensors: Sequence[Any]) -> Jet:
+        wide = [_atleast(t, least) if isinstance(t, Jet) else raised(t) for t in tensors]
+        return cat(wide, dim(wide[0].ndim))
+
+    return rule
+
+
+def _atleast(f: Jet, ndim: int) -> Jet:
+    """As torch has it: (n,) to (1, n) for two dimensions and to (1, n, 1) for three."""
+    if ndim == 3 and f.ndim < 3:
+        return unsqueeze(_atleast(f, 2), 2)
+    return f if f.ndim >= ndim else unsqueeze(_atleast(f, ndim - 1), 0)
+
+
+enter(_stacks("hstack", 1, lambda ndim: 0 if ndim == 1 else 1), "hstack")
+enter(_stacks("vstack", 2, lambda ndim: 0), "vstack", "row_stack")
+enter(_stacks("dstack", 3, lambda ndim: 2), "dstack")
+
+
+@jet_rule("fliplr")
+def fliplr(f: Jet) -> Jet:
+    return linear(f, lambda t: t.flip(2))
+
+
+@jet_rule("flipud")
+def flipud(f: Jet) -> Jet:
+    return linear(f, lambda t: t.flip(1))
+
+
+@jet_rule("diff")
+def diff(f: Jet, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Jet:
+    if prepend is not None or append is not None:
+        raise NoRule("diff with more entries")
+    return linear(f, lambda t: torch.diff(t, n, behind(dim, f.ndim)))
+
+
+@jet_rule("unfold")
+def unfold(f: Jet, dimension: int, size: int, step: int) -> Jet:
+    return alias(f, linear(f, lambda t: t.unfold(behind(dimension, f.ndim), size, step)))
+
+
+@jet_rule("__setitem__")
+def setitem(f: Any, index: Any, value: Any) -> Jet:
+    """A copy with other entries; `JetMode` puts it in the place of the tensor that is written to."""
+    if not isinstance(f, Jet) or isinstance(index, Jet):
+        raise NoRule("a write to a tensor that did not depend on the coordinates")
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(part, torch.Tensor | list) for part in parts) and len(parts) > 1:
+        raise NoRule("a write by several lists of numbers")
+    made, others = (part.clone() for part in f.parts)
+    where = (slice(None), *parts)
+    if isinstance(value, Jet):
+        made[parts] = value.value
+        others[where] = lengthened(value, others[where].ndim - 1).rest
+    else:
+        made[parts] = value
+        others[where] = 0
+    return Jet(f.frame, parts=(made, others))
 
 
 @jet_rule("__getitem__")
