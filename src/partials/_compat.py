@@ -43,6 +43,12 @@ except ImportError:  # pragma: no cover - a torch that moved its internals
     _pop_mode = None  # type: ignore[assignment]
 
 try:
+    from torch.overrides import _get_current_function_mode_stack as _modes
+    from torch.utils._device import DeviceContext
+except ImportError:  # pragma: no cover
+    _modes = None  # type: ignore[assignment]
+
+try:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode as _proxy_mode
 except ImportError:  # pragma: no cover - a torch that moved it
     _proxy_mode = None  # type: ignore[assignment]
@@ -257,8 +263,12 @@ def traced() -> bool:
 
 
 def watched() -> bool:
-    """Whether a torch function mode is active around us."""
-    return torch.overrides.has_torch_function((_NOTHING,))
+    """Whether a torch function mode that may look at operations is active around us: any but that of `torch.set_default_device`."""
+    if not torch.overrides.has_torch_function((_NOTHING,)):
+        return False
+    if _modes is None or os.environ.get("PARTIALS_PUBLIC_ONLY"):
+        return True
+    return any(not isinstance(mode, DeviceContext) for mode in _modes())
 
 
 @contextmanager

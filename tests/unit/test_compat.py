@@ -89,3 +89,16 @@ def test_what_was_compiled_is_known(private):
     code = "import torch; from partials import _compat; torch.vmap(torch.sin)(torch.ones(2)); assert not _compat.compiled_somewhere()"
     environment = {**os.environ, "PYTHONPATH": str(Path(_compat.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_a_default_device_watches_nothing():
+    """`torch.set_default_device` is a function mode too; it does not look at operations, so it decides nothing about a method."""
+    assert not _compat.watched()
+    torch.set_default_device("cpu")
+    try:
+        assert _compat.watched() == (_compat._modes is None)
+        with torch.overrides.BaseTorchFunctionMode():
+            assert _compat.watched()
+    finally:
+        torch.set_default_device(None)
+    assert not _compat.watched()
