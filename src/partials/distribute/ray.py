@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
-from .._errors import InputError, MethodError
+from .._errors import InputError, MethodError, PartialsError
 from ..store.fingerprint import demand_same
 from ..store.produce import Progress, Stopped, finish
 from ..store.writer import Writer, write_shard
@@ -103,8 +103,13 @@ def _result(ray: Any, reference: Any, number: int) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, Exception) else error from None
+        if isinstance(error.cause, PartialsError):
+            raise error.cause from None
+        raise MethodError(
+            f"block {number} failed in a worker, in code that is not this library's or could not be told apart from it",
+            got=f"{type(error.cause).__name__}: {error.cause}",
+            hint="--engine local, which shows where; finished blocks are kept",
+        ) from None
     except ray.exceptions.RayError as error:
         raise MethodError(
             f"block {number} could not be computed: its worker died {RETRIES + 1} times",

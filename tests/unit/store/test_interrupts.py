@@ -140,7 +140,7 @@ def test_ray_tells_what_failed_in_a_worker(start, folder):
     (folder / "failing.py").write_text(FAILING)
     process = start("--engine", "ray", "--params", "failing.py:net", model="failing.py:f", data="failing.py:x", out="u")
     _, err = process.communicate(timeout=180)
-    assert process.returncode == 2 and "no such luck" in err and "fault of partials" not in err, err
+    assert process.returncode == 3 and "no such luck" in err and "fault of partials" not in err, err
     process = start("--engine", "ray", "--address", "127.0.0.1:1", out="w")
     _, err = process.communicate(timeout=180)
     assert process.returncode == 2 and "there is no Ray cluster to be had at 127.0.0.1:1" in err, err
