@@ -116,8 +116,8 @@ def convolved(sizes: tuple[int, int], t: int, weight: tuple[int, int, int], kern
     (n, c), (g, i, o) = sizes, weight
     patches, formed = n * t * g * i, n * c * g * i * o
     strips = _seconds(batched=formed * t, entries=2 * patches // max(1, kernel) + 2 * formed, calls=8 * kernel)
-    rows = _seconds(batched=formed * t, entries=2 * patches + 2 * formed, calls=8)
-    unfolded = inner((n, c, c), (t, t), weight, c, same=True)["pairs"] + _seconds(entries=2 * patches, calls=6)
+    rows = _seconds(batched=formed * t, entries=8 * patches + 4 * formed, calls=8)
+    unfolded = inner((n, c, c), (t, t), weight, c, same=True)["pairs"] + _seconds(entries=8 * patches, calls=6)  # (strided copies)
     return {"rows": strips, "pairs": unfolded}, {"offsets": strips, "patches": rows}
 
 
