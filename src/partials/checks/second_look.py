@@ -126,7 +126,10 @@ def _explained(identities: Identities, n: int, keys: Sequence[Key], tolerance: T
         row = weighted_each(group, u[None]) if name in inputs else weighted(group, u[None])
         both[name] = row.reshape(-1), (own[name][n] if name in inputs else own[name]).reshape(-1)
     scales = {name: sides.scale(name, u[None], [sample]) for name in both}
-    told = told_by_precision(sides.subject.problem, sample, u, both, scales, tolerance.value)
+    plain = {
+        name: rows for name, rows in both.items() if not _hooks(sides.subject, name)
+    }  # (no copy in another precision has the user's hooks)
+    told = told_by_precision(sides.subject.problem, sample, u, plain, scales, tolerance.value)
     both = {name: rows for name, rows in both.items() if name not in told}
     entries = {name: apart(*rows).abs().topk(min(ENTRIES, len(rows[0]))).indices for name, rows in both.items()}
     found = cloud(sides.subject, sample, u, entries, tolerance) if entries else None
