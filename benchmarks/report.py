@@ -23,6 +23,9 @@ The unit is one *training step*: a forward and a backward of the sum, of the sam
 turns, ratios are medians over turns of the ratio within a turn, and the spread is the interquartile range. Every result is compared with
 that of the library before it is timed. Times are of whole calls with `check="never"`, from the function to the result, unless factors
 are given.
+
+These are figures of a CPU. There are none of a GPU yet: `python -m benchmarks.accelerator --device cuda` measures one. Derivatives by
+inputs, stores and two workers have benchmarks of their own: `python -m benchmarks.inputs`, `.store`, `.workers`, `.overhead`.
 """
 
 
