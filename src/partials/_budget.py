@@ -16,7 +16,7 @@ from ._blocks import size_of
 from ._compat import meter
 from ._errors import MemoryBudgetError
 from ._machine import out_of_memory, share, trim
-from ._measured import Measured, too_small
+from ._measured import OVERHEAD, SAFE, Measured, too_small
 from ._output import check_output, detached
 from ._part import outputs_of, part, span
 from ._pieces import Pieces
@@ -81,7 +81,7 @@ def _within(problem: Problem, method: str, policy: str, budget: int, *, hold: bo
     found, each, fixed = _trial(problem, method, policy, budget)
     if hold and (fixed + each * problem.size) * HELD <= budget:
         return _limited(_whole(problem, found.plan.method, policy), budget)
-    return _pieces_of(problem, found.plan.method, policy, budget, snapshot, facts, found)
+    return _pieces_of(problem, found.plan.method, policy, budget, snapshot, facts, found, each)
 
 
 def _trial(problem: Problem, method: str, policy: str, budget: int) -> tuple[Any, float, float]:
@@ -129,8 +129,16 @@ def _held(problem: Problem, method: str, policy: str, budget: int, why: str) -> 
 
 
 def _pieces_of(
-    problem: Problem, method: str, policy: str, budget: int, snapshot: Snapshot, facts: Facts, found: Any | None
+    problem: Problem,
+    method: str,
+    policy: str,
+    budget: int,
+    snapshot: Snapshot,
+    facts: Facts,
+    found: Any | None,
+    each: float | None = None,
 ) -> AbstractJacobian:
+    """`each`: bytes of a sample, where they have been measured."""
     outputs = facts.outputs
     whole_batch = found is None
     again = Again(problem, (problem.size, outputs), method, policy, budget, snapshot, whole_batch, ())
@@ -141,7 +149,7 @@ def _pieces_of(
         found = again.at(first)
         again = replace(again, method=found.plan.method)
         verify(again.problem_of(first), found, policy)
-    plan = _planned(problem, found.plan, policy, budget)
+    plan = _planned(problem, found.plan, policy, budget, each)
 
     def put(J: Any, pieces: Pieces) -> Any:
         return replace(J, values=values if problem.batched else values.squeeze(0), blocks={}, plan=plan, aux=aux, pieces=pieces)
@@ -154,8 +162,11 @@ def _pieces_of(
     return replace(put(found, again), origin=sources)
 
 
-def _planned(problem: Problem, made: Plan, policy: str, budget: int) -> Plan:
+def _planned(problem: Problem, made: Plan, policy: str, budget: int, each: float | None) -> Plan:
     note = f"rows are not held: for each quantity they are computed again in pieces that keep to {human_bytes(budget)}"
+    if each is not None:
+        count = max(1, min(problem.size, int(SAFE * (budget - min(OVERHEAD, budget // 2)) / each)))
+        note += f", of about {count} of {problem.size} samples, of which each takes {human_bytes(each)}, less what a result takes"
     return replace(made, samples=problem.size, outputs=made.outputs, check=policy, notes=[*made.notes, note])
 
 
