@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -16,6 +17,8 @@ from .ranks import Place
 
 RETRIES = 5
 """Times that a block is tried again after its worker has died."""
+ANSWER = 10
+"""Seconds that a cluster may take to answer at all."""
 
 _JOBS: dict[tuple[str, ...], Job] = {}
 """In a worker: the job, made once."""
@@ -56,13 +59,21 @@ def run(
 def _connect(ray: Any, address: str | None) -> None:
     environment = {"env_vars": {"PYTHONPATH": ":".join(sys.path)}}
     try:
+        _demand_answer(address)
         ray.init(address=address, log_to_driver=False, include_dashboard=False, runtime_env=environment)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             "there is no Ray cluster to be had" + (f" at {address}" if address else ""),
             got=str(error).partition("\n")[0],
             expected="a cluster that runs, or no address: then one is started here",
         ) from None
+
+
+def _demand_answer(address: str | None) -> None:
+    """OSError where nothing answers at HOST:PORT: Ray itself would go on asking for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
 
 
 def _submit(
