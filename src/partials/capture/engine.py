@@ -20,7 +20,7 @@ from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from . import layout as layouts
 from .build import READ_AGAIN, block_of, canonical, carried_to, features, released
-from .course import form
+from .course import digest, form
 from .describe import described
 from .known import LAYOUTS
 from .layout import Layout, spilt
@@ -164,6 +164,7 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
         tuple(sources),
         lambda: described(uses, wanted, size, measured, runner),
         doubtful=any(placed is not None and placed.owned is not None for placed in measured),
+        course=(digest(trace.course), digest(trace.course, fine=True)),
     )
 
 
