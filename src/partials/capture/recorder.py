@@ -39,19 +39,9 @@ from ..rules import (
 )
 from .course import Course, Lengths, contents, form, wrapped
 from .layout import FIRST, Layout
-from .routes import constant, gains, multiplies, picks, routes
+from .routes import EXPANDS, constant, gains, multiplies, picks, routes
 from .trace import Placement, Refused, Trace, Use, edge_of, label
 
-EXPANDS = {
-    torch.Tensor.expand,
-    torch.Tensor.expand_as,
-    torch.Tensor.repeat,
-    torch.broadcast_to,
-    torch.Tensor.broadcast_to,
-    torch.tile,
-    torch.Tensor.tile,
-}
-"""Operations that can give a parameter a sample dimension of its own: a class token expanded to the batch."""
 LONGEST = 4096
 """Steps of packed sequences whose lengths are remembered."""
 

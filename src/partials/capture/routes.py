@@ -14,11 +14,22 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
 
 from .._typing import Tensor
 from ..rules.elementwise import ENTRY_BY_ENTRY
 
+EXPANDS = {
+    torch.Tensor.expand,
+    torch.Tensor.expand_as,
+    torch.Tensor.repeat,
+    torch.broadcast_to,
+    torch.Tensor.broadcast_to,
+    torch.tile,
+    torch.Tensor.tile,
+}
+"""Operations that can give a parameter a sample dimension of its own: a class token expanded to the batch."""
+_OPERATORS = (type(torch.ops.aten.mm), type(torch.ops.aten.mm.default))
+"""Of `torch.ops`: overloads and their packets."""
 _NAMES = (
     *("index_select", "gather", "take", "take_along_dim", "masked_select", "sort", "argsort", "topk", "nonzero", "argwhere"),
     *("index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
@@ -44,7 +55,7 @@ class Constant(NamedTuple):
 @lru_cache(maxsize=4096)
 def routes(func: Any) -> bool:
     """Whether data decide, by this operation, where samples go: a layout measured for some data is none for others."""
-    if isinstance(func, OpOverload | OpOverloadPacket):
+    if isinstance(func, _OPERATORS):
         space, _, name = str(func).partition(".")
         return space not in ("aten", "prims") or name.partition(".")[0] in (*_NAMES, "index")  # (who knows what others' operations do)
     return func in _ROUTES
@@ -63,7 +74,7 @@ def picks(func: Any, args: Any) -> bool:
 @lru_cache(maxsize=4096)
 def multiplies(func: Any) -> bool:
     """Whether values of one argument may decide where entries of another go: a product, or a pick."""
-    name = str(func).partition(".")[2] if isinstance(func, OpOverload | OpOverloadPacket) else getattr(func, "__name__", "")
+    name = str(func).partition(".")[2] if isinstance(func, _OPERATORS) else getattr(func, "__name__", "")
     return func not in ENTRY_BY_ENTRY and any(word in name for word in _PRODUCTS)
 
 
