@@ -247,6 +247,21 @@ def positions_that_were_dead_at_first():
 
 
 @case
+def samples_of_very_different_weight():
+    """Beside the largest cotangent all others are nothing; whose they are must be told all the same."""
+
+    def f(x, k, w):
+        return ((x.transpose(0, 1) @ w).tanh() * k.T[:, :, None]).sum(0)
+
+    w = torch.randn(N, 3, requires_grad=True)
+    one, diagonal = torch.full((N, N), 1e-12), torch.full((N, N), 1e-11)
+    one[0, 0] = 1
+    diagonal.fill_diagonal_(1)
+    for weights in (one, diagonal, torch.ones(N, N), one, torch.rand(N, N) * 10.0 ** -torch.arange(0, 4 * N, 4)[:, None]):
+        yield Call(f, (torch.randn(N, N, N), weights, w))
+
+
+@case
 def samples_in_an_order_that_data_or_constants_decide():
     """Into another order, through a layer, and back: by indices and by matrices, from the data and from outside."""
     for move in MOVES.values():

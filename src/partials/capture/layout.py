@@ -88,6 +88,14 @@ def fits(layout: Layout, first: Tensor, second: Tensor, weights: Tensor, within:
     return bool((two - weights[:, None] * one).abs().max() <= within * scale)
 
 
+def strangers(layout: Layout, first: Tensor, second: Tensor, weights: Tensor, within: float) -> int:
+    """Entries that do not fit by their own size: they decide where the largest cotangent hides all others (samples of very different
+    weight)."""
+    n = len(weights)
+    one, two = (layout.samples_first(t, n).reshape(n, -1).to(weights.dtype) for t in (first, second))
+    return int(((two - weights[:, None] * one).abs() > max(within, 1e-2 / n) * two.abs()).sum())
+
+
 def find(first: Tensor, second: Tensor, weights: Tensor, features: Collection[int] = (), within: float = 0.0) -> tuple[Layout | None, bool]:
     """The layout of one edge's cotangents, and whether it is proved: zeros fit every layout, and what fits two proves neither.
 
@@ -98,8 +106,10 @@ def find(first: Tensor, second: Tensor, weights: Tensor, features: Collection[in
     if not bool((first != 0).any()):
         return (possible[0] if possible else None), False
     fitting = [layout for layout in possible if fits(layout, first, second, weights, within)]
+    if len(fitting) > 1:
+        return min(fitting, key=lambda layout: strangers(layout, first, second, weights, within)), False
     if fitting:
-        return fitting[0], len(fitting) == 1 and n > 1
+        return fitting[0], n > 1
     return owners(first, second, weights, features, within), False
 
 

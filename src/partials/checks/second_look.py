@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .._algebra import sum_of
 from .._compat import has_hooks
 from .._errors import listed
 from .._typing import Tensor
@@ -16,7 +17,7 @@ from .identities import Identities, Search
 from .other_precision import told_by_precision
 from .precision import inside
 from .subject import Subject
-from .tolerance import Tolerance, apart, name_of
+from .tolerance import Tolerance, apart, distance, name_of
 
 PRODUCTS = 8
 """How many times as many eps the gap of a product may be as in a lower precision."""
@@ -24,6 +25,9 @@ SUSPECTS = 16
 """Samples that are looked at, the worst first."""
 SUM = "a sum over samples, each part of which keeps to the tolerance by itself"
 CLOUD = f"an ordinary backward moves as far when inputs and parameters move by {SHAKE} eps (a kink, or terms that cancel)"
+PARTS = "ordinary backwards whose seeds add up to one are as far from it (terms that cancel)"
+SPLITS, WIDTH, FAR = 6, 16, 8
+"""Seeds that are split in two; outputs up to which one is also taken apart; how much further off than the worst of these a row may be."""
 ENTRIES = 2**16
 """Entries of a parameter that are looked at, those that differ most."""
 
@@ -131,6 +135,9 @@ def _explained(identities: Identities, n: int, keys: Sequence[Key], tolerance: T
     }  # (no copy in another precision has the user's hooks)
     told = told_by_precision(sides.subject.problem, sample, u, plain, scales, tolerance.value)
     both = {name: rows for name, rows in both.items() if name not in told}
+    noise = _rounding(identities, n, {name: plain for name, (_, plain) in both.items()}) if both else {}
+    told |= {name: PARTS for name, rows in both.items() if bool(distance(*rows) <= FAR * noise[name])}
+    both = {name: rows for name, rows in both.items() if name not in told}
     entries = {name: apart(*rows).abs().topk(min(ENTRIES, len(rows[0]))).indices for name, rows in both.items()}
     found = cloud(sides.subject, sample, u, entries, tolerance) if entries else None
     for name, rows in both.items():
@@ -138,6 +145,27 @@ def _explained(identities: Identities, n: int, keys: Sequence[Key], tolerance: T
         if found is not None and all(belongs(row[entries[name]], found.gradients[name], floor) for row in rows):
             told[name] = CLOUD
     return {("backward", name): words for name, words in told.items()}
+
+
+def _rounding(identities: Identities, n: int, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far an ordinary backward at the call's sample n is from the sum of several whose seeds add up to its own: f's own rounding.
+
+    It is some eps of a row, and all of one whose terms cancel: before a softmax that is sure, or of a bias that a softmax takes away
+    again. No kink is in it: inputs and parameters stay as they are.
+    """
+    u, inputs = identities.u * identities.mask([n]), {t.name for t in identities.sides.subject.problem.inputs}
+    width = u.shape[1]
+    ways = [list(torch.eye(width).to(u).unsqueeze(1) * u)] if width <= WIDTH else []
+    for _ in range(SPLITS):
+        one = identities.sides.subject.draws.normal(u.shape, u) * (u != 0) * u.abs().amax()
+        ways.append([one, u - one])
+    found = {name: u.new_zeros((), dtype=torch.float64) for name in plain}
+    for seeds in ways:
+        parts = [identities.call.gradients(seed) for seed in seeds]
+        for name, whole in plain.items():
+            total = sum_of([part[name][n] if name in inputs else part[name] for part in parts]).reshape(-1)
+            found[name] = torch.maximum(found[name], distance(total, whole).to(found[name]))
+    return found
 
 
 def coarser(subject: Subject) -> Tolerance:

@@ -208,3 +208,38 @@ def test_numbers_in_steps_of_which_some_coincide():
     members = torch.ones(4, dtype=torch.float64) * steps[:, None] * quantum + noise * torch.randn(16, 4, dtype=torch.float64)
     assert belongs(6 * quantum * torch.ones(4, dtype=torch.float64), members, 0.0)
     assert not belongs(600 * quantum * torch.ones(4, dtype=torch.float64), members, 0.0)
+
+
+def sure(dtype, scale):
+    """A classifier that is sure of itself: of 1 - p few digits are left, or none."""
+    return nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1)).to(dtype), scale * torch.randn(6, 3, dtype=dtype)
+
+
+class KeyBias(nn.Module):
+    """Attention that is sure of itself, whose keys have a bias: every row of it is zero but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))[:, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(4))
+def test_terms_that_cancel_to_nothing(dtype, seed):
+    torch.manual_seed(seed)
+    attention = KeyBias().to(dtype)
+    cases = [sure(dtype, 20), sure(dtype, 80), *[(attention, scale * torch.randn(3, 5, 4, dtype=dtype)) for scale in (1, 4, 16)]]
+    for net, x in cases:
+        pt.jacobian(net, x, check="always")
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-4, -1, 2])
+def test_a_fault_where_terms_cancel(factor):
+    torch.manual_seed(0)
+    net, x = sure(torch.float32, 3)
+    J = pt.jacobian(net, x, check="never")
+    report = altered(J, "0.weight", lambda rows: rows.mul_(factor)).check()
+    assert not report.passed
