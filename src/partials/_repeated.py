@@ -21,6 +21,7 @@ from ._modules import modules
 from ._output import per_sample_loss
 from ._problem import Problem, normalise
 from ._signature import Leaf
+from ._state import rounding
 from ._targets import Target
 from ._typing import Function, Tensor
 
@@ -201,7 +202,7 @@ def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss
     if code is None or not (loss is None or type(loss) is FunctionType or type(loss) is type(len)):
         return None
     alone = params is None and not isinstance(f, nn.Module)
-    forms: list[Hashable] = [code, wrt, output, loss, params is None, asked.get("budget")]
+    forms: list[Hashable] = [code, wrt, output, loss, params is None, asked.get("budget"), rounding()]
     for t in inputs:
         kind = type(t)
         if kind is not Tensor and (kind is not nn.Parameter or not alone):

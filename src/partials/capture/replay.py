@@ -42,7 +42,7 @@ def replayed(problem: Problem) -> Computed | None:
         history.lost()
         return None
     history.kept += 1
-    return answer(problem, run, "native", script.layouts)
+    return answer(problem, run, "native", script.layouts, script.course)
 
 
 def _run(problem: Problem, script: Script) -> Run | None:
