@@ -28,19 +28,22 @@ ENTRIES = 2**16
 """Entries of a parameter that are looked at, those that differ most."""
 
 
-def settle(identities: Identities, failing: dict[Key, Gap], check: str = "") -> None:
-    """Rows for identities that exceeded their tolerance: passed at f's inner precision, explained by rounding, or failed."""
+def settle(identities: Identities, failing: dict[Key, Gap], check: str = "backward") -> None:
+    """Rows for identities that exceeded their tolerance: passed at f's inner precision, explained by rounding, or failed.
+
+    `check` is what "backward" is called in them.
+    """
     subject = identities.sides.subject
     tolerance = coarser(subject)
     for key in [key for key, gap in failing.items() if gap.over(tolerance) <= 1]:
         gap = failing.pop(key)
-        subject.row(check or key[0], key[1], gap.error, tolerance=tolerance.summing(gap.terms))
+        subject.row(check if key[0] == "backward" else key[0], key[1], gap.error, tolerance=tolerance.summing(gap.terms))
     _products(identities, failing, tolerance)
     if not failing:
         return
     found = _searched(identities, list(failing), tolerance)
     for key, gap in failing.items():
-        allowed, row = tolerance.summing(gap.terms), (check or key[0], key[1], gap.error)
+        allowed, row = tolerance.summing(gap.terms), (check if key[0] == "backward" else key[0], key[1], gap.error)
         if key in found.strangers:
             where = identities.locate(key, found.strangers[key])
             subject.row(*row, where, passed=False, remark=_hooks(subject, key[1]), tolerance=allowed)
@@ -94,10 +97,7 @@ def _products(identities: Identities, failing: dict[Key, Gap], tolerance: Tolera
     """
     sides = identities.sides
     for key in [key for key in failing if key[0] == "product"]:
-        group, v, gap = sides.subject.blocks[key[1]], sides.v[key[1]], failing[key]
-        if identities.kept is not None:
-            index = torch.tensor(identities.kept, device=v.device)
-            group = tuple(block.select(index) for block in group)
+        group, v, gap = sides.group(key[1], identities.kept), sides.v(key[1]), failing[key]
         wide = v.dtype is torch.float64
         other = torch.float32 if wide else torch.float64
         group = tuple(in_dtype(block, other) for block in group)
@@ -122,7 +122,7 @@ def _explained(identities: Identities, n: int, keys: Sequence[Key], tolerance: T
     inputs = {t.name for t in sides.subject.problem.inputs}
     both: dict[str, tuple[Tensor, Tensor]] = {}
     for name in [name for check, name in keys if check != "product"]:
-        group = tuple(block.select(torch.tensor([sample], device=u.device)) for block in sides.subject.blocks[name])
+        group = sides.group(name, [sample])
         row = weighted_each(group, u[None]) if name in inputs else weighted(group, u[None])
         both[name] = row.reshape(-1), (own[name][n] if name in inputs else own[name]).reshape(-1)
     scales = {name: sides.scale(name, u[None], [sample]) for name in both}
