@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from .._output import check_output
 from .._problem import Problem
 from .._signature import usable
 from .._state import drawn_from
+from .._targets import Target
 from .._typing import Tensor
 from .places import Marks, Place, Readable, behind
 
@@ -77,14 +78,15 @@ class Call:
             t.grad = None
         return found
 
-    def gradients(self, u: Tensor) -> dict[str, Tensor]:
-        """d sum u f / d target by name, zeros where f does not use one; an input's with samples first."""
-        return self.named(self.pull(u, list(self.tensors.values())))
+    def gradients(self, u: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """d sum u f / d target by name (of all targets), zeros where f does not use one; an input's with samples first."""
+        targets = [t for t in self.problem.targets if names is None or t.name in names]
+        return self.named(self.pull(u, [self.tensors[t.name] for t in targets]), targets)
 
-    def named(self, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """Gradients in the order of the targets, by name."""
+    def named(self, found: Sequence[Tensor | None], targets: Sequence[Target] | None = None) -> dict[str, Tensor]:
+        """Gradients in the order of the targets (all of them), by name."""
         by_name: dict[str, Tensor] = {}
-        for target, gradient in zip(self.problem.targets, found, strict=True):
+        for target, gradient in zip(self.problem.targets if targets is None else targets, found, strict=True):
             full = torch.zeros_like(self.tensors[target.name]) if gradient is None else gradient.detach()
             full = full.to_dense() if full.is_sparse else full
             if target.kind == "input":

@@ -32,9 +32,9 @@ class Identities:
     ) -> dict[Key, Gap]:
         """Gaps by (check, parameter), with u multiplied by `mask` (M, C) if there is one; `own` if it is known already."""
         if mask is None:
-            return self.sides.gaps(self.call.gradients(self.u) if own is None else own, self.u, self.kept, names)
+            return self.sides.gaps(self.call.gradients(self.u, names) if own is None else own, self.u, self.kept, names)
         here = mask.any(1).nonzero().flatten().tolist()
-        own = self.call.gradients(self.u * mask)
+        own = self.call.gradients(self.u * mask, names)
         inputs = {t.name for t in self.call.problem.inputs}
         own = {name: g[here] if name in inputs else g for name, g in own.items()}
         found = self.sides.gaps(own, (self.u * mask)[here], [self.sample(n) for n in here], names)
@@ -60,7 +60,7 @@ class Identities:
             return place
         one = torch.zeros_like(self.u)
         one[n, c] = 1
-        own = self.call.gradients(one)[name]
+        own = self.call.gradients(one, [name])[name]
         group = self.sides.group(name, [self.sample(n)])
         if name in {t.name for t in self.call.problem.inputs}:
             own, mine = own[n], weighted_each(group, one[n : n + 1]).reshape(own[n].shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from .._typing import Tensor
 from .cloud import SHAKE, belongs, cloud
 from .gaps import Gap, Key, gap_of_product, in_dtype, weighted, weighted_each
 from .identities import Identities, Search
-from .other_precision import told_by_precision
+from .other_precision import in_precision, told_by_precision
 from .precision import inside
 from .subject import Subject
 from .tolerance import Tolerance, apart, name_of
@@ -24,6 +24,7 @@ SUSPECTS = 16
 """Samples that are looked at, the worst first."""
 SUM = "a sum over samples, each part of which keeps to the tolerance by itself"
 CLOUD = f"an ordinary backward moves as far when inputs and parameters move by {SHAKE} eps (a kink, or terms that cancel)"
+DOUBLE = "an ordinary backward as it is, adding up the batch, is as far from one in float64, to which this sum keeps"
 ENTRIES = 2**16
 """Entries of a parameter that are looked at, those that differ most."""
 
@@ -39,6 +40,8 @@ def settle(identities: Identities, failing: dict[Key, Gap], check: str = "backwa
         gap = failing.pop(key)
         subject.row(check if key[0] == "backward" else key[0], key[1], gap.error, tolerance=tolerance.summing(gap.terms))
     _products(identities, failing, tolerance)
+    if check == "backward":
+        _in_double(identities, failing, tolerance)
     if not failing:
         return
     found = _searched(identities, list(failing), tolerance)
@@ -50,6 +53,23 @@ def settle(identities: Identities, failing: dict[Key, Gap], check: str = "backwa
         else:
             remarks = [f"at sample {listed(samples)} {words}" for words, samples in found.why[key].items()] or [SUM]
             subject.row(*row, passed=True, remark="rounding of f itself: " + "; ".join(remarks), tolerance=allowed)
+
+
+def _in_double(identities: Identities, failing: dict[Key, Gap], tolerance: Tolerance) -> None:
+    """Explain the sums that keep to an ordinary backward in float64: there is no need to look for the parts that do not.
+
+    Two more training steps; a search by halves takes two backwards of the batch for each halving.
+    """
+    sides, u = replace(identities.sides, pushed=()), identities.u
+    subject = sides.subject
+    names = [name for check, name in failing if check == "backward" and not _hooks(subject, name)]
+    if not names or len(u) == 1 or u.dtype is torch.float64:
+        return
+    found = in_precision(identities.call.problem, u, torch.float64, names)
+    for key, gap in sides.gaps(found, u, identities.kept, names).items() if found is not None else ():
+        if gap.over(tolerance) <= 1:
+            allowed = tolerance.summing(gap.terms)
+            subject.row(*key, failing.pop(key).error, passed=True, remark=f"rounding of f itself: {DOUBLE}", tolerance=allowed)
 
 
 @dataclass(frozen=True)
@@ -118,7 +138,7 @@ def _explained(identities: Identities, n: int, keys: Sequence[Key], tolerance: T
     The Jacobian's row is right if it is that of a backward in float64; or if it and the ordinary backward's belong to a cloud.
     """
     sides, u, sample = identities.sides, identities.u[n], identities.sample(n)
-    own = identities.call.gradients(identities.u * identities.mask([n]))
+    own = identities.call.gradients(identities.u * identities.mask([n]), [name for _, name in keys])
     inputs = {t.name for t in sides.subject.problem.inputs}
     both: dict[str, tuple[Tensor, Tensor]] = {}
     for name in [name for check, name in keys if check != "product"]:
