@@ -320,6 +320,27 @@ def test_random_numbers_in_a_later_run_are_refused_seen_or_not():
         pt.jacobian(net, x_of(), check="never")
 
 
+def test_a_write_after_the_use_is_told_as_in_a_first_call():
+    def run(self, x):
+        h = self.first(x)
+        out = self.last(h * self.scale)
+        if self.turn:
+            with torch._C.DisableTorchFunction():
+                h.detach().add_(1)
+        return out
+
+    net, told = Net(run), []
+    for known in (True, False):
+        _repeated.forget()
+        for net.turn in (0, 0, 0, 0) if known else ():
+            pt.jacobian(net, x_of(), check="never")
+        net.turn = 1
+        with pytest.raises(Exception) as caught:
+            pt.jacobian(net, x_of(), check="never")
+        told.append((type(caught.value), str(caught.value)))
+    assert told[0] == told[1] and "inplace operation" in told[0][1]
+
+
 def test_nothing_is_left_on_the_users_tensors_and_nothing_is_held():
     net, x = Net(lambda self, x: self.last(self.first(x.contiguous()).relu()).contiguous()), x_of()
     for _ in range(5):
