@@ -37,6 +37,8 @@ class History:
 
     script: Any = None
     """The script of the last run that was written down, where there is one to keep to."""
+    passed: Any = None
+    """The script, and the dtype, of which a first check is known to have passed."""
     calls: int = 0
     kept: int = 0
     missed: int = 0

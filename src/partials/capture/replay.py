@@ -47,6 +47,7 @@ def replayed(problem: Problem) -> Computed | None:
             found = None
         if found is not None:
             history.kept += 1
+            found.kept = True
             return found
     del run
     restore(before, device)

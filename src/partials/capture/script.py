@@ -45,7 +45,7 @@ class Step:
     """The operation is Python whose own operations are steps too."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Script:
     """A run, and what was found out about it."""
 
