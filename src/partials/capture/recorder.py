@@ -60,9 +60,9 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.wanted, self.size = wanted, size
         self.expand_unknown, self.attached = expand_unknown, attached
-        self.trace = Trace()
-        self.course = Course(samples, size)
-        self.trace.course = self.course.entries
+        self.given = tuple(samples)
+        self.course = Course(self.given, size)
+        self.trace = Trace(course=self.course.entries)
         self.transforming = False
         """Whether a torch.func transform is running, at the present operation."""
         self.level: int | None = None

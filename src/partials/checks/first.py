@@ -54,10 +54,13 @@ class Passed:
 PASSED = Passed()
 
 
-def verify(problem: Problem, jacobian: Any, policy: str, *, doubtful: bool = False, course: tuple[int, int] = (0, 0)) -> None:
+def verify(
+    problem: Problem, jacobian: Any, policy: str, *, doubtful: bool = False, course: tuple[int, int] = (0, 0), kept: bool = False
+) -> None:
     """Run the quick check where the policy asks for it; whatever it says, look for mixing where a run of f gave cause to.
 
-    `course` stands for what f did in the run: other operations are other code, whatever decided on them.
+    `course` stands for what f did in the run: other operations are other code, whatever decided on them. A run that `kept` to a script
+    which has passed in the same dtype has done the same.
 
     Raises
     ------
@@ -68,10 +71,15 @@ def verify(problem: Problem, jacobian: Any, policy: str, *, doubtful: bool = Fal
     """
     if not problem.size or (policy == "never" and not doubtful):
         return
+    history, script = problem.history, (problem.history.script, jacobian.values.dtype) if kept else None
+    if policy == "first" and kept and history.passed == script:
+        return
     key = None if policy == "always" else key_of(problem, jacobian.plan.method, jacobian.values.dtype)
     if policy == "never" or (policy == "first" and (key, course[0]) in PASSED):
         if doubtful:
             _apart(problem, jacobian, (key, course[1], "apart"))
+        elif kept and policy == "first":
+            history.passed = script
         return
     report = inspect(problem, jacobian.plan.method, "quick", jacobian).raise_if_failed()
     if policy == "first":
