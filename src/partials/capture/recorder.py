@@ -140,6 +140,8 @@ class Recorder(TorchFunctionMode):
         """Constants whose values may decide where samples go: see the NOTE in `routes`."""
         found, n = self.constants, self.course.n
         self.constants = []
+        if picks(func, args):
+            return  # (told by its index, if at all: see `_fixed`)
         if not multiplies(func):
             samples = [t for t in tensors_in((*args, *kwargs.values())) if self.depends(t)]
             found = [t for t in found if gains(t, samples, n)]

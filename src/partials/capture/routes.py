@@ -73,9 +73,9 @@ def picks(func: Any, args: Any) -> bool:
 
 @lru_cache(maxsize=4096)
 def multiplies(func: Any) -> bool:
-    """Whether values of one argument may decide where entries of another go: a product, or a pick."""
+    """Whether values of one argument may decide where entries of another go: a product, a pick. (Not attention: masks add to scores.)"""
     name = str(func).partition(".")[2] if isinstance(func, _OPERATORS) else getattr(func, "__name__", "")
-    return func not in ENTRY_BY_ENTRY and any(word in name for word in _PRODUCTS)
+    return func not in ENTRY_BY_ENTRY and "attention" not in name and any(word in name for word in _PRODUCTS)
 
 
 def gains(constant: Tensor, samples: Iterable[Tensor], n: int) -> bool:
