@@ -25,7 +25,7 @@ from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import AbstractJacobian, Origin
 from ._run import compute, wrap
-from ._sinks import Joined, Place, Written, known
+from ._sinks import Place, Sink, Written, known
 from ._snapshot import Snapshot
 from ._state import drawn_from
 from ._typing import Tensor
@@ -64,7 +64,7 @@ def _whole(problem: Problem, method: str, policy: str) -> Any:
     computed, made = compute(problem, method)
     made.check = policy
     found = wrap(problem, computed, made, Origin(check=lambda J, level: inspect(problem, made.method, level, J)))
-    verify(problem, found, policy, doubtful=computed.doubtful)
+    verify(problem, found, policy, doubtful=computed.doubtful, course=computed.course, kept=computed.kept)
     return found
 
 
@@ -195,20 +195,24 @@ def _values(problem: Problem, again: Again) -> tuple[Tensor, Any]:
         with few.running("computing f's values"), torch.no_grad():
             return few.values().detach()
 
-    sink = _Values(again.rows)
+    sink = _Values(problem.size)
     again.sweep(forward, sink, outputs=False)
     return known(sink.found), None
 
 
-class _Values(Joined):
+@dataclass
+class _Values(Sink):
     """(N, *out) from (m, *out)."""
 
-    def __init__(self, rows: tuple[int, int]) -> None:
-        self.rows, self.found = rows, None
+    samples: int
+    found: Tensor | None = None
+
+    def size(self, part: Tensor, place: Place) -> int:
+        return part.nbytes // max(1, place.rows[0]) * self.samples
 
     def put(self, part: Tensor, place: Place) -> None:
         if self.found is None:
-            self.found = part.new_empty(self.rows[0], *part.shape[1:])
+            self.found = part.new_empty(self.samples, *part.shape[1:])
         self.found[place.samples] = part
 
 
