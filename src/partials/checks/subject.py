@@ -20,7 +20,7 @@ from .._typing import Tensor
 from . import draws
 from .draws import Draws
 from .report import Report, Row, Where
-from .tolerance import Tolerance, coarsest, name_of
+from .tolerance import LARGE, Tolerance, coarsest, name_of
 
 
 @dataclass
@@ -75,9 +75,14 @@ class Subject:
 
 
 def squares_of(group: tuple[Block, ...]) -> Tensor:
-    """|J[n, c]|^2 of the sum of some blocks in float64, (N, C)."""
+    """|J[n, c]|^2 of the sum of some blocks in float64, (N, C), also where their squares leave the range of float32."""
     with torch.no_grad():
-        return _algebra.squared_norms(group).double()
+        found = _algebra.squared_norms(group)
+        if found.dtype is torch.float32 and not bool(found.isfinite().all()):
+            small = tuple(block.scaled(found.new_full(found.shape, 1 / LARGE)) for block in group)
+            again = _algebra.squared_norms(small).double() * LARGE**2
+            return torch.where(found.isfinite() | (again == 0), found.double(), again)
+        return found.double()
 
 
 def _exact(problem: Problem, plan: Plan) -> Problem:
