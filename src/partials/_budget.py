@@ -64,7 +64,7 @@ def _whole(problem: Problem, method: str, policy: str) -> Any:
     computed, made = compute(problem, method)
     made.check = policy
     found = wrap(problem, computed, made, Origin(check=lambda J, level: inspect(problem, made.method, level, J)))
-    verify(problem, found, policy, doubtful=computed.doubtful)
+    verify(problem, found, policy, doubtful=computed.doubtful, course=computed.course, kept=computed.kept)
     return found
 
 

@@ -23,7 +23,7 @@ from ._plan import LARGE, Plan, TooLarge, Verdict, choose, human_bytes, known
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import Origin
-from ._state import rng_kept
+from ._state import autocast, rng_kept
 from .methods import METHODS, Computed
 from .methods._composite import Composite
 
@@ -89,7 +89,8 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
                 computed = METHODS[made.method].run(exact(problem, facts), facts, made.chunk)
                 if history is not None and method == "auto":
                     history.refused, history.doubtful = refused, doubtful
-                return replace(computed, aux=aux if computed.aux is None else computed.aux, doubtful=doubtful), made
+                aux = aux if computed.aux is None else computed.aux
+                return replace(computed, aux=aux, doubtful=doubtful, course=(facts.course, facts.course)), made
             except MethodError as error:
                 if method != "auto":
                     raise
@@ -131,10 +132,11 @@ def _textbook(problem: Problem, facts: Facts, refused: Mapping[str, str] = Mappi
 
 def _captured(problem: Problem, computed: Computed) -> Plan:
     """The plan of a capture that has run: the other methods are asked for their costs only when somebody looks."""
+    blocks = computed.blocks  # (no more of the answer: all that f returned would keep the graph of the call alive)
 
     def ask() -> tuple[Verdict, ...]:
         facts = look(problem)
-        return (capture.verdict(problem, facts, computed), *_textbook(problem, facts))
+        return (capture.verdict(problem, facts, blocks), *_textbook(problem, facts))
 
     return Plan(
         function=problem.name,
@@ -220,7 +222,7 @@ def _whole(problem: Problem) -> Any:
     """All that one plain call of f returns, detached, where `output=` picked a part of it: what `J.aux` holds."""
     if problem.picker.choice is None:
         return None
-    with rng_kept(problem.targets[0].tensor.device):
+    with rng_kept(problem.targets[0].tensor.device), autocast(problem.rounding):
         return detached(problem.function(*problem.args, **problem.kwargs))
 
 

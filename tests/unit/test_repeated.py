@@ -320,8 +320,30 @@ def test_random_numbers_in_a_later_run_are_refused_seen_or_not():
         pt.jacobian(net, x_of(), check="never")
 
 
+def test_a_write_after_the_use_is_told_as_in_a_first_call():
+    def run(self, x):
+        h = self.first(x)
+        out = self.last(h * self.scale)
+        if self.turn:
+            with torch._C.DisableTorchFunction():
+                h.detach().add_(1)
+        return out
+
+    net, told = Net(run), []
+    for known in (True, False):
+        _repeated.forget()
+        for net.turn in (0, 0, 0, 0) if known else ():
+            pt.jacobian(net, x_of(), check="never")
+        net.turn = 1
+        with pytest.raises(Exception) as caught:
+            pt.jacobian(net, x_of(), check="never")
+        told.append((type(caught.value), str(caught.value)))
+    assert told[0] == told[1] and "inplace operation" in told[0][1]
+
+
 def test_nothing_is_left_on_the_users_tensors_and_nothing_is_held():
     net, x = Net(lambda self, x: self.last(self.first(x.contiguous()).relu()).contiguous()), x_of()
+    net.first.above = [net]  # (a module that leads back to the root)
     for _ in range(5):
         pt.jacobian(net, x, check="never")
     assert not any(hasattr(t, NAME) for t in (x, *net.parameters()))
@@ -346,10 +368,14 @@ def test_one_tensor_for_two_arguments_is_another_call():
         torch.testing.assert_close(J["v"], y)
 
 
+def own_loss(output, target):
+    return nn.functional.cross_entropy(output, target)
+
+
 def test_a_run_with_a_tensor_of_unknown_history_is_not_written_down():
     net, target = Net(usual), torch.arange(N) % 2
     for seed in range(5):  # (the loss runs under vmap, which hands its result on unseen)
-        G = pt.gradient(net, x_of(seed), target, loss=nn.functional.cross_entropy, check="never")
+        G = pt.gradient(net, x_of(seed), target, loss=own_loss, check="never")
         losses, parameters = nn.functional.cross_entropy(net(x_of(seed)), target, reduction="none"), list(net.parameters())
         rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
         expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
@@ -420,6 +446,20 @@ def test_methods_that_cannot_run_are_not_tried_every_time():
         torch.testing.assert_close(J["scale"], x_of(seed))
         assert "outside the recorded uses" in J.plan.verdicts[0].reason
     assert counts[3] < counts[0] and counts[3] == counts[5] == counts[6] == counts[7], counts
+
+
+def test_a_passed_check_is_remembered_with_the_script_and_a_new_script_is_checked(monkeypatch):
+    from partials.checks import first
+
+    net, looked = Net(usual), []
+    of = first.key_of
+    monkeypatch.setattr(first, "key_of", lambda *args: looked.append(1) or of(*args))
+    for _ in range(6):
+        pt.jacobian(net, x_of())
+    assert len(looked) == 3, "once for the run that was counted, once for that written down, once for the first that kept to it"
+    net.run = lambda self, x: usual(self, x) * (1 + x.mean())
+    with pytest.raises(pt.MixingError):
+        pt.jacobian(net, x_of())
 
 
 def test_memory_is_measured_once_for_calls_alike():

@@ -20,7 +20,7 @@ from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from . import layout as layouts
 from .build import READ_AGAIN, block_of, canonical, carried_to, features, release
-from .course import form
+from .course import digest, form
 from .describe import described, held
 from .known import LAYOUTS
 from .layout import Layout, spilt
@@ -66,7 +66,6 @@ def _watched(problem: Problem, kind: type[Recorder]) -> Run:
     with recorder:
         returned, whole = problem.raw(tensors, leaves)
     recorder.open = False
-    recorder.trace.watched = recorder
     out = problem.picker(returned)
     values = check_output(out if problem.batched else out.unsqueeze(0), problem.size, problem.name, batched=problem.batched)
     return values, whole, recorder.trace, tensors
@@ -120,13 +119,13 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     values, _, trace, tensors = run
     demand_complete(values, parameters(problem, tensors), trace, stood_in_for(problem, tensors))
     measured, lasting = _layouts(problem, values, trace)
-    if lasting and isinstance(trace.watched, Scribe):
-        problem.history.script = trace.watched.script(values, measured, sum(map(held, trace.uses)))
-    trace.watched = None
-    return answer(problem, run, runner, measured)
+    course = digest(trace.course), digest(trace.course, fine=True)
+    if lasting and trace.draft is not None:
+        problem.history.script = trace.draft.script(trace, values, measured, sum(map(held, trace.uses)), course)
+    return answer(problem, run, runner, measured, course)
 
 
-def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | None]) -> Computed:
+def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | None], course: tuple[int, int]) -> Computed:
     """Reverse passes and blocks of a run that is known to be complete, with the layouts of its uses."""
     values, whole, trace, tensors = run
     uses, wanted, outputs = trace.uses, parameters(problem, tensors), values.shape[1:].numel()
@@ -163,6 +162,7 @@ def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | 
         tuple(sources),
         lambda: described(uses, wanted, size, measured, runner),
         doubtful=any(placed is not None and placed.owned is not None for placed in measured),
+        course=course,
     )
 
 

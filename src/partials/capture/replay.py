@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from .. import _compat
+from .._errors import PartialsError
 from .._machine import share
 from .._output import check_output
 from .._plan import LARGE
@@ -37,12 +38,21 @@ def replayed(problem: Problem) -> Computed | None:
         return None
     before = random_state(device)
     run = _run(problem, script)
-    if run is None or drawn_since(before, device):
-        restore(before, device)
-        history.lost()
-        return None
-    history.kept += 1
-    return answer(problem, run, "native", script.layouts)
+    if run is not None and not drawn_since(before, device):
+        try:
+            found = answer(problem, run, "native", script.layouts, script.course)
+        except PartialsError:
+            raise
+        except Exception:  # (Refused, or a reverse pass that fails: the recorder's run says it)
+            found = None
+        if found is not None:
+            history.kept += 1
+            found.kept = True
+            return found
+    del run
+    restore(before, device)
+    history.lost()
+    return None
 
 
 def _run(problem: Problem, script: Script) -> Run | None:

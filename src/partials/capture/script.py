@@ -9,8 +9,8 @@ operation of torch's own on named tensors, whose graph leads to its arguments an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
@@ -23,6 +23,8 @@ from ..rules import COMPOSITES, REPEATED, RULES, ExpandedPart
 from ..rules.elementwise import ENTRY_BY_ENTRY
 from .layout import Layout
 from .recorder import Recorder, writes
+from .routes import Constant
+from .trace import Trace, Use
 
 NAME = "_partials_step"
 _RUNS = itertools.count(1)
@@ -43,7 +45,7 @@ class Step:
     """The operation is Python whose own operations are steps too."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Script:
     """A run, and what was found out about it."""
 
@@ -53,6 +55,8 @@ class Script:
     """Of the uses."""
     needed: int
     """Bytes that the factors of one output take."""
+    course: tuple[int, int]
+    """Numbers for what f did (see `Computed.course`)."""
 
 
 class Names:
@@ -147,50 +151,62 @@ class Same:
         return id(self.value)
 
 
+@dataclass(slots=True)
+class Draft:
+    """A script while it is being written."""
+
+    names: Names
+    plain: bool
+    """Whether a later run can be held against it."""
+    steps: list[Step | None] = field(default_factory=list)
+
+    def script(self, trace: Trace, values: Tensor, layouts: Sequence[Layout | None], needed: int, course: tuple[int, int]) -> Script | None:
+        """The script of the run that is over, where all of it can be told again."""
+        placed = tuple([p for p in layouts if p is not None and p.owned is None])
+        by_values = trace.routed or any(isinstance(entry, Constant) for entry in trace.course)
+        strange = by_values or trace.nested or trace.one_by_one or trace.expanded or len(placed) < len(layouts)
+        output = self.names.of(values)
+        if not self.plain or strange or not trace.uses or not isinstance(output, int) or output < 0:
+            return None
+        return Script(tuple([step for step in self.steps if step is not None]), output, placed, needed, course)
+
+
 class Scribe(Recorder):
-    """A recorder that writes the script as well; `trace.script` is None where the run is not one that can be repeated."""
+    """A recorder that writes a draft of the script as well."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.names = Names((*self.given, *self.wanted.values()))
-        self.steps: list[Step | None] = []
-        self.plain = all(t.grad_fn is None for t in self.wanted.values())
+        plain = all(t.grad_fn is None for t in self.wanted.values())
+        self.draft = self.trace.draft = Draft(Names((*self.given, *self.wanted.values())), plain)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        at, uses = len(self.steps), len(self.trace.uses)
-        call = self.names.call(func, args, kwargs)
-        self.steps.append(None)
+        draft = self.draft
+        at, uses = len(draft.steps), len(self.trace.uses)
+        call = draft.names.call(func, args, kwargs)
+        draft.steps.append(None)
         out = super().__torch_function__(func, types, args, kwargs)
-        self._settle(at, call, func, args, kwargs or {}, self.trace.uses[uses:])
-        self.names.mark(out, args)
+        draft.plain &= _told_again(func, kwargs or {}) and not self.transforming and not draft.names.lost
+        if draft.plain:
+            step = self._step(call, func, args, kwargs or {}, self.trace.uses[uses:], within=len(draft.steps) > at + 1)
+            draft.steps[at], draft.plain = step, step is not None
+        draft.names.mark(out, args)
         return out
 
-    def _settle(self, at: int, call: list[Any], func: Any, args: Any, kwargs: Any, uses: list[Any]) -> None:
-        within = len(self.steps) > at + 1
-        own = isinstance(func, _OF_TORCH) or (isinstance(func, FunctionType) and (func.__module__ or "").startswith("torch."))
-        self.plain &= not self.names.lost
-        self.plain &= own and not self.transforming and not writes(func) and "out" not in kwargs
+    def _step(self, call: list[Any], func: Any, args: Any, kwargs: Any, uses: list[Use], *, within: bool) -> Step | None:
+        """The step, None for what cannot be told again."""
         if within:  # (uses are those of the steps inside)
-            self.plain &= (
-                func not in RULES and func not in COMPOSITES and isinstance(func, FunctionType) and _compat.body_of(func) is not None
-            )
-            self.steps[at] = Step(call, within=True)
-            return
-        told: tuple[bool, ...] = ()
-        self.plain &= bool(uses) or func not in REPEATED  # (what these do may depend on values)
-        if uses:
-            self.plain &= func in RULES and all(use.func is func and type(use.part) is not ExpandedPart for use in uses)
-            mine = {id(use.part.parameter) for use in uses}
-            told = tuple(id(part.parameter) in mine for part in RULES[func](*args, **kwargs)) if self.plain else ()
-            self.plain &= sum(told) == len(uses)
-        self.steps[at] = Step(call, told)
-
-    def script(self, values: Tensor, layouts: Iterable[Layout | None], needed: int) -> Script | None:
-        """The script of the run that is over, where all of it can be told again."""
-        trace, placed = self.trace, tuple(layouts)
-        known = not any(layout is None or layout.owned is not None for layout in placed)
-        plain = self.plain and known and not (trace.routed or trace.nested or trace.one_by_one or trace.expanded)
-        output = self.names.of(values)
-        if not plain or not trace.uses or not isinstance(output, int) or output < 0:
+            own = func not in RULES and func not in COMPOSITES and isinstance(func, FunctionType) and _compat.body_of(func) is not None
+            return Step(call, within=True) if own else None
+        if not uses:
+            return None if func in REPEATED else Step(call)  # (what those do may depend on values)
+        if func not in RULES or any(use.func is not func or type(use.part) is ExpandedPart for use in uses):
             return None
-        return Script(tuple(step for step in self.steps if step is not None), output, tuple(p for p in placed if p is not None), needed)
+        mine = {id(use.part.parameter) for use in uses}
+        told = tuple(id(part.parameter) in mine for part in RULES[func](*args, **kwargs))
+        return Step(call, told) if sum(told) == len(uses) else None
+
+
+def _told_again(func: Any, kwargs: Any) -> bool:
+    """Whether an operation is torch's own, and writes to none of its arguments."""
+    own = isinstance(func, _OF_TORCH) or (isinstance(func, FunctionType) and (func.__module__ or "").startswith("torch."))
+    return own and not writes(func) and "out" not in kwargs

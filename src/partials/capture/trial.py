@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .._algebra import Blocks
 from .._compat import inside_transform
 from .._errors import MethodError, PartialsError
 from .._machine import share
@@ -129,9 +130,9 @@ def preview(problem: Problem, facts: Facts) -> Preview:
     return Preview(Verdict("capture", "; ".join(reasons)))
 
 
-def verdict(problem: Problem, facts: Facts, computed: Computed) -> Verdict:
-    """The verdict of a capture that has run."""
-    held_bytes = sum(block.nbytes() for group in computed.blocks.values() for block in group)
+def verdict(problem: Problem, facts: Facts, blocks: Blocks) -> Verdict:
+    """The verdict of a capture that has run and gave these blocks."""
+    held_bytes = sum(block.nbytes() for group in blocks.values() for block in group)
     return Verdict("capture", "every use of every parameter in factors", _cost(problem, facts, held_bytes))
 
 
