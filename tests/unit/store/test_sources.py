@@ -239,8 +239,8 @@ import torch
 from torch import nn
 torch.manual_seed(0)
 mlp = nn.Sequential(nn.Linear(128, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
-cnn = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
-images, rows = torch.randn(1500, 3, 32, 32), torch.randn(6000, 128)
+cnn = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+images, rows = torch.randn(300, 3, 32, 32), torch.randn(6000, 128)
 """
 
 
