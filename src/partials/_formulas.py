@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 
 from ._constants import BATCHED, CALL, ENTRY, PRODUCT
 from ._errors import InputError, near
@@ -102,6 +103,7 @@ def pairs_of(rows: tuple[int, int, int, int], positions: tuple[int, int], weight
     return _seconds(batched=work, entries=n * m * g * t * (s + 2 * d * o), calls=8)
 
 
+@lru_cache(maxsize=4096)
 def products(rows: tuple[int, int], t: int, weight: tuple[int, int, int], k: int) -> Costs:
     """J v or J^T u with k columns: (n, c), t, (g, i, o)."""
     (n, c), (g, i, o) = rows, weight
