@@ -32,13 +32,16 @@ REASONS: dict[tuple[str, str], str] = {
         " one tensor for each; into memory that is there already (`out=`) the same rows take a part of it."
     ),
     ("the whole call", ""): (
-        "What is left is Python: reading the call (the problem, its signature and leaves), the mode through which every operation goes,"
-        " the walk over the graph, and the objects of the result. Tried: layouts remembered by the course of a run, verdicts of other"
-        " methods and descriptions of uses only when somebody looks."
+        "Of 126 microseconds in a loop of such calls (a training step takes 42, torch's vmap(grad) 235) the forward takes 4, watching it"
+        " 21, the reverse pass to the two uses 18, their blocks 15, the random state 6, reading the call 6; the rest is the plan and the"
+        " objects of the result, some 270 calls of Python in all. Tried: layouts remembered by the course of a run (266 to 205), the call"
+        " read once and its run held against a script (to 134), the engine without its wrapper, sources and versions in one pass (to 126)."
     ),
     ("overhead of one use", ""): (
-        "Every operation goes through Python twice where a mode watches it: for each, its arguments are searched for parameters and"
-        " samples, its place in the run's course is noted, and its result is marked. Without the course a remembered layout could be stale."
+        "A torch function mode alone costs 1.4 microseconds for an operation, of which there are two for each use here; to name the"
+        " arguments takes 1, the rule and its part 2, the edge and the engine's copy of a cotangent 3, the block 4. Tried: runs held"
+        " against a script, without a search for parameters and samples and without the walk over the graph (44 and 29 to 18). Under vmap"
+        " runs are watched closely each time."
     ),
     ('check="first"', ""): (
         "The check is an ordinary call with its backward, one more backward to the inputs, f on both halves of the batch and on two samples"

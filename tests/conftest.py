@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import hypothesis
 import pytest
@@ -25,6 +26,8 @@ hypothesis.settings.register_profile("all", deadline=None, max_examples=300, pri
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the slow tests too, and more examples of each property")
+    parser.addoption("--seeds", type=int, default=40, help="seeds of each healthy network in the slow tests: other ones every day")
+    parser.addoption("--positions", type=int, default=150, help="places of an exception in each of the slow tests: other ones every day")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def turn() -> int:
+    """What slow tests draw from in turn: the variable TURN, else the number of the day."""
+    return int(os.environ.get("TURN", time.time() // 86400))
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from ._compare import Comparison, compare_methods
 from ._errors import InputError, OutputError
 from ._input_jacobian import InputJacobian
 from ._jacobian import Jacobian
-from ._output import per_sample_loss
 from ._plan import Plan, parse_bytes
-from ._problem import Problem, normalise
+from ._problem import Problem
+from ._repeated import problem_of
 from ._run import plan
 from ._typing import Function
 from .checks import Report, inspect
@@ -109,7 +109,7 @@ def jacobian(
     >>> J["a"].shape, J["b"].shape
     (torch.Size([1000, 1, 1]), torch.Size([1000, 1, 1]))
     """
-    problem = normalise(
+    problem = problem_of(
         f,
         inputs,
         _keywords(kwargs, input_kwargs),
@@ -309,13 +309,13 @@ def _problem(f: Function, inputs: tuple[Any, ...], options: dict[str, Any]) -> P
     loss = options.pop("loss", None)
     keywords = _keywords(options.pop("kwargs", None), options)
     if loss is None:
-        return normalise(f, inputs, keywords, budget=budget, **asked)
+        return problem_of(f, inputs, keywords, budget=budget, **asked)
     return _gradient_problem(f, inputs, keywords, loss, budget=budget, **asked)
 
 
 def _gradient_problem(f: Function, inputs: tuple[Any, ...], keywords: dict[str, Any], loss: Any, **asked: Any) -> Problem:
     if loss is None:
-        return normalise(f, inputs, keywords, **asked)
+        return problem_of(f, inputs, keywords, **asked)
     if "target" in keywords:
         inputs = (*inputs, keywords.pop("target"))
     if len(inputs) + len(keywords) < 2:
@@ -325,11 +325,13 @@ def _gradient_problem(f: Function, inputs: tuple[Any, ...], keywords: dict[str, 
             expected="the target as the last positional input",
             hint="pt.gradient(model, x, target, loss=...)",
         )
-    return normalise(f, inputs, keywords, loss=per_sample_loss(loss, batched=asked.get("batched", True)), has_target=True, **asked)
+    return problem_of(f, inputs, keywords, loss=loss, **asked)
 
 
 def _keywords(kwargs: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:
-    twice = set(kwargs or ()) & set(more)
+    if kwargs is None:
+        return dict(more)
+    twice = kwargs.keys() & more.keys()
     if twice:
         raise InputError("an input is given twice", got=f"{sorted(twice)} both in kwargs= and by keyword", expected="once")
-    return {**(kwargs or {}), **more}
+    return {**kwargs, **more}

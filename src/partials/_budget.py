@@ -25,7 +25,7 @@ from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import AbstractJacobian, Origin
 from ._run import compute, wrap
-from ._sinks import Joined, Place, Written, known
+from ._sinks import Place, Sink, Written, known
 from ._snapshot import Snapshot
 from ._state import drawn_from
 from ._typing import Tensor
@@ -41,7 +41,8 @@ def solve(problem: Problem, method: str, policy: str) -> Any:
     """The Jacobian that answers a problem: held whole where that fits, else in pieces."""
     budget = problem.budget
     if budget is not None:
-        problem = replace(problem, budget=None)
+        history, problem = problem.history, replace(problem, budget=None)
+        problem.history = history
     device = problem.targets[0].tensor.device
     if not problem.size:
         return _whole(problem, method, policy)
@@ -63,7 +64,7 @@ def _whole(problem: Problem, method: str, policy: str) -> Any:
     computed, made = compute(problem, method)
     made.check = policy
     found = wrap(problem, computed, made, Origin(check=lambda J, level: inspect(problem, made.method, level, J)))
-    verify(problem, found, policy, doubtful=computed.doubtful)
+    verify(problem, found, policy, doubtful=computed.doubtful, course=computed.course, kept=computed.kept)
     return found
 
 
@@ -85,11 +86,16 @@ def _within(problem: Problem, method: str, policy: str, budget: int, *, hold: bo
 
 
 def _trial(problem: Problem, method: str, policy: str, budget: int) -> tuple[Any, float, float]:
-    """A Jacobian of a few samples, checked and then emptied, and the bytes of each sample and of none."""
+    """A Jacobian of a few samples, checked and then emptied, and the bytes of each sample and of none: measured once for calls alike."""
+    known = {} if problem.history is None else problem.history.measured
+    if method in known:
+        each, fixed = known[method]
+        found = _emptied(_whole(span(problem, slice(0, _few(problem, budget, each + fixed))), method, policy))
+        return found, each, fixed
     with meter() as one:
         _whole(span(problem, slice(0, 1)), method, "never")
     trim()
-    count = min(TRIAL if 3 * TRIAL * one.peak <= budget else 2, problem.size)
+    count = _few(problem, budget, one.peak)
     few = span(problem, slice(0, count))
     found = _emptied(_whole(few, method, policy))  # (what is found out once is found out here, so that the same call measures the same)
     trim()
@@ -97,7 +103,12 @@ def _trial(problem: Problem, method: str, policy: str, budget: int) -> tuple[Any
         _whole(few, found.plan.method, "never")
     trim()
     each = max((several.peak - one.peak) / max(1, count - 1), several.peak / count / 8, 1.0)
-    return found, each, max(0.0, several.peak - each * count)
+    known[method] = each, max(0.0, several.peak - each * count)
+    return found, *known[method]
+
+
+def _few(problem: Problem, budget: int, one: float) -> int:
+    return min(TRIAL if 3 * TRIAL * one <= budget else 2, problem.size)
 
 
 def _emptied(found: Any) -> Any:
@@ -184,20 +195,24 @@ def _values(problem: Problem, again: Again) -> tuple[Tensor, Any]:
         with few.running("computing f's values"), torch.no_grad():
             return few.values().detach()
 
-    sink = _Values(again.rows)
+    sink = _Values(problem.size)
     again.sweep(forward, sink, outputs=False)
     return known(sink.found), None
 
 
-class _Values(Joined):
+@dataclass
+class _Values(Sink):
     """(N, *out) from (m, *out)."""
 
-    def __init__(self, rows: tuple[int, int]) -> None:
-        self.rows, self.found = rows, None
+    samples: int
+    found: Tensor | None = None
+
+    def size(self, part: Tensor, place: Place) -> int:
+        return part.nbytes // max(1, place.rows[0]) * self.samples
 
     def put(self, part: Tensor, place: Place) -> None:
         if self.found is None:
-            self.found = part.new_empty(self.rows[0], *part.shape[1:])
+            self.found = part.new_empty(self.samples, *part.shape[1:])
         self.found[place.samples] = part
 
 

@@ -31,10 +31,8 @@ try:
 except ImportError:  # pragma: no cover - a torch that moved its internals
     _private = None  # type: ignore[assignment]
 
-try:
-    from torch.autograd.graph import _engine_run_backward as _run_backward
-except ImportError:  # pragma: no cover
-    _run_backward = None  # type: ignore[assignment]
+_engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+_run_backward = getattr(_engine, "run_backward", None)
 
 
 try:
@@ -115,7 +113,8 @@ def reverse(output: Tensor, seed: Tensor, edges: Sequence[Any], *, create_graph:
     The private way leaves out what `torch.autograd.grad` finds out about its arguments: half of its time where little is computed.
     """
     if PRIVATE and _run_backward is not None:
-        return tuple(_run_backward((output,), (seed,), True, create_graph, tuple(edges), True, accumulate_grad=False))
+        found: tuple[Tensor | None, ...] = _run_backward((output,), (seed,), True, create_graph, tuple(edges), True, accumulate_grad=False)
+        return found
     return torch.autograd.grad(output, edges, seed, retain_graph=True, create_graph=create_graph, allow_unused=True)
 
 

@@ -8,7 +8,8 @@ PartialsError
 ├── MethodError         (RuntimeError)  a method cannot do what was asked
 ├── MemoryBudgetError   (RuntimeError)  the answer does not fit in the given bytes
 ├── CheckError          (RuntimeError)  a result failed its check; carries the report
-└── StoreError          (RuntimeError)  a store on disk is not what it should be
+├── StoreError          (RuntimeError)  a store on disk is not what it should be
+└── StaleError          (RuntimeError)  a Jacobian is asked again after what it reads has changed
 """
 
 from __future__ import annotations
@@ -75,6 +76,10 @@ class CheckError(PartialsError, RuntimeError):
 
 class StoreError(PartialsError, RuntimeError):
     """A store on disk is damaged, belongs to another run, or cannot be written."""
+
+
+class StaleError(PartialsError, RuntimeError):
+    """A Jacobian's factors alias a tensor that has been changed since. Also a RuntimeError."""
 
 
 def _rebuild(kind: type[PartialsError], what: str, got: str, expected: str, hint: str, state: dict[str, Any]) -> Any:

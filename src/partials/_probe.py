@@ -31,6 +31,9 @@ UNVECTORISED = frozenset({torch.cdist, torch.lu_solve, torch.Tensor.lu_solve, to
 ROLLS = frozenset({torch.roll, torch.Tensor.roll})
 """torch 2.13: vmap of the derivative of a single number's rolls over the samples, with no error."""
 
+AGAIN = 4
+"""Times that f is run once more where the random state has moved and no operation was seen that moves it."""
+
 STATISTICS = frozenset({F.layer_norm, torch.layer_norm, F.instance_norm, torch.instance_norm})
 """torch 2.13: their third derivative is wrong, with no error; under a transform the second one is."""
 
@@ -56,6 +59,8 @@ class Facts:
     """f differentiates through one of `STATISTICS` itself, or calls a fused loss that allows one reverse pass: written out then."""
     reentrant: bool = False
     """The graph has a node that runs a part of f again in the reverse pass (`torch.utils.checkpoint` with use_reentrant=True)."""
+    course: int = 0
+    """A number for the operations, and for what small integers among their arguments say of dimensions."""
 
     @property
     def outputs(self) -> int:
@@ -86,8 +91,8 @@ def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] 
     size = problem.size if leaves is None else 1
     before = random_state()
     out, counter = _counted(problem, tensors, leaves)
-    if not counter.random and before != random_state():
-        counter.random["an operation that torch's function modes do not see"] = None
+    if not counter.random and before != random_state() and _draws_again(problem, tensors, leaves):
+        counter.random["an operation that torch's function modes do not see, or another thread meanwhile"] = None
     check_output(out, size, problem.name, batched=problem.batched)
     return Facts(
         tuple(out.shape[1:]),
@@ -102,7 +107,18 @@ def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] 
         tuple(counter.unbatched),
         counter.inexact,
         hides_uses(out),
+        hash(tuple(counter.course)),
     )
+
+
+def _draws_again(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] | None) -> bool:
+    """Whether the random state moves each time that f runs: once may have been another thread, with which the generator is shared."""
+    for _ in range(AGAIN):
+        before = random_state()
+        _counted(problem, tensors, leaves)
+        if before == random_state():
+            return False
+    return True
 
 
 def _counted(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] | None, *, hooks: bool = True) -> tuple[Tensor, _Counter]:
@@ -139,6 +155,7 @@ class _Counter(TorchFunctionMode):
         self.unbatched: dict[str, None] = {}
         self.differentiates = self.normalises = self.once = False
         self.seen: set[int] = set()
+        self.course: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -147,6 +164,9 @@ class _Counter(TorchFunctionMode):
         state = random_state() if _may_be_random(func) else None
         out = func(*args, **kwargs)
         result = first_tensor(out)
+        self.course.append(func)
+        # (shifted: hash(-1) is hash(-2))
+        self.course += [value + 16 for value in (*args, *kwargs.values()) if type(value) is int and abs(value) <= 8]
         if result is not None:
             self.operations += 1
             self.flops += _flops(func, args, kwargs, result)

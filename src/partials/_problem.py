@@ -15,7 +15,7 @@ from ._compat import has_hooks
 from ._errors import InputError, listed
 from ._output import Picker, check_output
 from ._signature import Leaf, argument_names, batch_size, checked_dim, explicit_dims, lookup, rebuild, usable
-from ._state import RandomState, Running, random_state
+from ._state import RandomState, Rounding, Running, autocast, random_state, rounding
 from ._substitute import call_with, with_constants
 from ._targets import Arguments, Target, arguments_of, choose, demand_values, name_of, shared_by_convention, spared
 from ._typing import Function, Tensor
@@ -51,10 +51,14 @@ class Problem:
     options: dict[str, Any] = field(default_factory=dict)
     within: Callable[[], AbstractContextManager[object]] = nullcontext
     """What f runs in: a mode, where an operation of torch's must be written out to be differentiated as often as f needs."""
+    rounding: Rounding = ()
+    """The autocast of the call: f runs in it, and what is computed from its factors does not."""
     random_state: RandomState | None = None
     """With randomness="model", the state that f's random numbers are drawn from."""
     spared: tuple[Tensor, ...] = ()
     """Parameters that require grad and were not asked for: a run needs to keep nothing for them."""
+    history: Any = field(default=None, init=False)
+    """What earlier runs of the same call have shown (`_repeated.History`); a problem that is made from this one knows nothing of it."""
 
     @cached_property
     def parameters(self) -> tuple[Target, ...]:
@@ -140,10 +144,24 @@ class Problem:
                 values, outside = self._standing_in(tensors, values)
             if any(value is not leaf.tensor for leaf, value in zip(self.leaves, values, strict=True)):
                 args, kwargs, wanted = rebuild((args, kwargs, wanted), iter(values))
-        with self.within():
-            returned = call_with(self.function, outside, args, kwargs, attached=self.create_graph)
         loss: Callable[[Any, Any], Any] | None = self.options.get("loss")
-        return (returned if loss is None else loss(self.picker.select(returned), wanted)), returned
+        with self.within(), autocast(self.rounding):
+            returned = call_with(self.function, outside, args, kwargs, attached=self.create_graph)
+            return (returned if loss is None else loss(self.picker.select(returned), wanted)), returned
+
+    @property
+    def samples(self) -> list[Tensor]:
+        """The arguments that hold samples, where none of them is differentiated."""
+        shared = {t.leaf for t in self.parameters}
+        return [leaf.tensor for leaf in self.leaves if leaf.dim is not None and leaf.name not in shared]
+
+    def plainly(self) -> tuple[Any, Any]:
+        """`raw` on the user's own tensors, nothing standing in for anything."""
+        if self.rounding:
+            return self.raw()
+        returned = self.function(*self.args, **self.kwargs)
+        loss: Callable[[Any, Any], Any] | None = self.options.get("loss")
+        return (returned if loss is None else loss(self.picker.select(returned), self.loss_target)), returned
 
     def _standing_in(self, tensors: Mapping[str, Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """The values of the leaves, and (original, stand-in) of tensors that the function finds by itself."""
@@ -177,7 +195,8 @@ class Problem:
 
     def running(self, doing: str) -> AbstractContextManager[object]:
         """Gradients on, inference mode off, the module's buffers as they were afterwards; f's own errors get a note."""
-        return Running(f"partials was {doing} for {self.name} ({self.size} samples)", self.module, twice=self.create_graph)
+        module = None if self.history is not None and self.history.bufferless else self.module
+        return Running(f"partials was {doing} for {self.name} ({self.size} samples)", module, twice=self.create_graph)
 
 
 def normalise(
@@ -236,6 +255,7 @@ def normalise(
         loss_target=args[-1] if has_target else None,
         budget=budget,
         options={} if loss is None else {"loss": loss},
+        rounding=rounding(),
         random_state=random_state(targets[0].tensor.device) if randomness == "model" else None,
         spared=() if wrt is None else spared(f if params is None else params, targets),
     )

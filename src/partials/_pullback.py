@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ._blocks import Block, Dense, size_of
+from ._errors import StaleError
 from ._typing import Shape, Tensor
 
 APART = Dense(torch.zeros(0, 0))
@@ -116,6 +118,10 @@ class Pullback(Block):
     derived: Tensor = field(repr=False)
     parameter: Tensor = field(repr=False)
     attached: bool = False
+    edge: GradientEdge | None = field(default=None, repr=False)
+    """Where the graph of `derived` ends: the parameter may have another edge later (`set_`, another dtype), to which nothing flows."""
+    place: int = 0
+    """Where the parameter's numbers were, which the graph may read again; a change in place autograd notices by itself."""
 
     @property
     def shape(self) -> Shape:  # type: ignore[override]
@@ -172,9 +178,7 @@ class Pullback(Block):
     def _pulled_at_once(self, cotangents: Tensor) -> Tensor | None:
         """One batched pass, which torch does not run for every operation, and for some wrongly: a sum of rows is compared with its own."""
         try:
-            (rows,) = torch.autograd.grad(
-                self.derived, self.parameter, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
+            (rows,) = torch.autograd.grad(self.derived, self._end, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True)
         except RuntimeError:
             return None
         if rows is None:
@@ -189,7 +193,7 @@ class Pullback(Block):
     def _pulled(self, cotangent: Tensor) -> Tensor:
         with torch.enable_grad():
             (row,) = torch.autograd.grad(
-                self.derived, self.parameter, cotangent, retain_graph=True, create_graph=self.attached, allow_unused=True
+                self.derived, self._end, cotangent, retain_graph=True, create_graph=self.attached, allow_unused=True
             )
         if row is None:
             return torch.zeros_like(self.parameter)
@@ -203,7 +207,7 @@ class Pullback(Block):
         """
         with torch.enable_grad():
             w = self._cotangent().requires_grad_()
-            (pulled,) = torch.autograd.grad(self.derived, self.parameter, w, retain_graph=True, create_graph=True, allow_unused=True)
+            (pulled,) = torch.autograd.grad(self.derived, self._end, w, retain_graph=True, create_graph=True, allow_unused=True)
             if pulled is None:
                 return torch.zeros_like(self.derived)
             if not pulled.requires_grad:
@@ -218,6 +222,19 @@ class Pullback(Block):
             size = found.norm() * w.norm() + pulled.norm() * v.norm()
             return found if bool(gap.abs() <= 1e3 * torch.finfo(w.dtype).eps * size) else None
 
+    @property
+    def _end(self) -> GradientEdge | Tensor:
+        if self.edge is None:
+            return self.parameter
+        if self.parameter.data_ptr() != self.place:
+            raise StaleError(
+                "a parameter has other data than when this Jacobian was computed, and its factors are carried back through them",
+                got=f"shape {tuple(self.parameter.shape)}, {self.parameter.dtype}, elsewhere",
+                expected="the tensor of the call, which may be changed in place",
+                hint="compute the Jacobian again, or take what you need from it (dense, norms, ...) before the change",
+            )
+        return self.edge
+
     def _cotangent(self) -> Tensor:
         """Something of the derived tensor's shape, the same each time, no two entries alike."""
         numbers = torch.arange(self.derived.numel(), dtype=torch.float64, device=self.derived.device)
@@ -230,7 +247,7 @@ def carried(block: Block, derived: Tensor, parameter: Tensor, *, attached: bool)
         return block
     index = None if attached else positions(derived, parameter)
     if index is None:
-        return Pullback(block, derived, parameter, attached)
+        return Pullback(block, derived, parameter, attached, get_gradient_edge(parameter), parameter.data_ptr())
     key = (tuple(derived.shape), derived.stride(), int(derived.storage_offset() - parameter.storage_offset()))
     return Placed(block, tuple(parameter.shape), index, key)
 

@@ -15,11 +15,12 @@ from . import _algebra, _pieces
 from ._algebra import Blocks
 from ._blocks import size_of
 from ._columns import Columns
-from ._errors import InputError, MemoryBudgetError, MethodError, PartialsError
+from ._errors import InputError, MemoryBudgetError, MethodError, StaleError
 from ._machine import share
 from ._moved import moved, same_place
 from ._pieces import Pieces, joined
 from ._plan import LARGE, Plan, human_bytes
+from ._state import arithmetic
 from ._sums import Sums
 from ._typing import ByName, Shape, Tensor
 
@@ -251,7 +252,7 @@ class AbstractJacobian(ABC):
         return replace(self, values=values, blocks=chosen, aux=None, origin=replace(self.origin, check=None))
 
     def _reading(self) -> AbstractContextManager[Any]:
-        """Before factors are read: what they alias must be unchanged; gradients are recorded only where results carry them."""
+        """Before factors are read: what they alias must be unchanged. Inside: `arithmetic`."""
         for name, tensor, version in self.origin.sources:
             if tensor._version != version:
                 raise StaleError(
@@ -260,7 +261,7 @@ class AbstractJacobian(ABC):
                     expected=f"version {version}",
                     hint="compute the Jacobian again, or take what you need from it (dense, norms, ...) before the change",
                 )
-        return torch.enable_grad() if self.attached else torch.no_grad()
+        return arithmetic(attached=self.attached)
 
     def _demand(self, shape: Shape, dtype: torch.dtype) -> None:
         """MemoryBudgetError where a large result would take more than its share of what is free."""
@@ -292,10 +293,6 @@ class Transposed:
 
     def __matmul__(self, u: Tensor) -> Tensor:
         return self.apply(u)
-
-
-class StaleError(PartialsError, RuntimeError):
-    """A Jacobian's factors alias a tensor that has been changed since."""
 
 
 def _root(squares: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ from ._errors import MethodError, PartialsError, listed
 from ._input_jacobian import InputJacobian
 from ._jacobian import Jacobian
 from ._machine import out_of_memory, share
+from ._modules import modules
 from ._output import detached
 from ._plan import LARGE, Plan, TooLarge, Verdict, choose, human_bytes, known
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import Origin
-from ._state import rng_kept
+from ._state import autocast, rng_kept
 from .methods import METHODS, Computed
 from .methods._composite import Composite
 
@@ -45,16 +46,22 @@ def plan(problem: Problem, method: str = "auto") -> tuple[Plan, Facts]:
 
 
 def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
-    """Plan and run: capture wherever it can, else the cheapest method. With "auto", where one fails while running, the next one runs."""
+    """Plan and run: capture wherever it can, else the cheapest method. With "auto", where one fails while running, the next one runs.
+
+    What could not run in earlier calls of the same kind is asked again now and then only.
+    """
     known(method, NAMES)
     refused: dict[str, str] = {}
-    doubtful = False
-    if method in ("auto", "capture") and problem.size:
+    doubtful, history = False, problem.history
+    if method == "auto" and history is not None and history.told():
+        refused, doubtful = dict(history.refused), history.doubtful
+    elif method in ("auto", "capture") and problem.size:
         with problem.running("capturing the uses of parameters"):
             tried = capture.attempt(problem)
         refused, doubtful = tried.refused, tried.doubtful
         if tried.computed is not None:
-            return replace(tried.computed, doubtful=doubtful or tried.computed.doubtful), _captured(problem, tried.computed)
+            tried.computed.doubtful |= doubtful
+            return tried.computed, _captured(problem, tried.computed)
         if method == "capture":
             raise MethodError(
                 "method='capture' cannot run here", got=refused["capture"], hint="method='auto', which takes the next method that can"
@@ -80,7 +87,10 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
             try:
                 aux = _whole(problem)
                 computed = METHODS[made.method].run(exact(problem, facts), facts, made.chunk)
-                return replace(computed, aux=aux if computed.aux is None else computed.aux, doubtful=doubtful), made
+                if history is not None and method == "auto":
+                    history.refused, history.doubtful = refused, doubtful
+                aux = aux if computed.aux is None else computed.aux
+                return replace(computed, aux=aux, doubtful=doubtful, course=(facts.course, facts.course)), made
             except MethodError as error:
                 if method != "auto":
                     raise
@@ -122,10 +132,11 @@ def _textbook(problem: Problem, facts: Facts, refused: Mapping[str, str] = Mappi
 
 def _captured(problem: Problem, computed: Computed) -> Plan:
     """The plan of a capture that has run: the other methods are asked for their costs only when somebody looks."""
+    blocks = computed.blocks  # (no more of the answer: all that f returned would keep the graph of the call alive)
 
     def ask() -> tuple[Verdict, ...]:
         facts = look(problem)
-        return (capture.verdict(problem, facts, computed), *_textbook(problem, facts))
+        return (capture.verdict(problem, facts, blocks), *_textbook(problem, facts))
 
     return Plan(
         function=problem.name,
@@ -156,15 +167,25 @@ def wrap(problem: Problem, computed: Computed, made: Plan, origin: Origin) -> Ja
         inputs = InputJacobian(values, blocks, columns("input"), made, problem.batched, problem.create_graph, aux, origin)
         if not problem.parameters:
             return inputs
-    blocks = {t.name: computed.blocks[t.name] for t in problem.parameters}
+    blocks = {t.name: computed.blocks[t.name] for t in problem.parameters} if problem.inputs else computed.blocks
     leaves = {t.name: t.own for t in problem.parameters}
     return Jacobian(values, blocks, columns("parameter"), made, problem.batched, problem.create_graph, aux, origin, inputs, leaves)
 
 
 def _remarks(problem: Problem) -> list[str]:
     """What was left out of f, or is read in one of several ways."""
+    history = problem.history
+    if history is None:
+        return _remarked(problem)
+    if history.remarks is None:
+        history.remarks = _remarked(problem)
+    found: list[str] = history.remarks
+    return found
+
+
+def _remarked(problem: Problem) -> list[str]:
     notes = []
-    if problem.module is not None and any(is_compiled(module) for module in problem.module.modules()):
+    if problem.module is not None and any(map(is_compiled, modules(problem.module))):
         notes.append("compiled modules were run uncompiled: compiled code shows no operations")
     if hooked := [t.name for t in problem.targets if has_hooks(t.own)]:
         notes.append(f"hooks of {listed(hooked)} were not run: rows are derivatives of f, and a hook changes gradients")
@@ -201,7 +222,7 @@ def _whole(problem: Problem) -> Any:
     """All that one plain call of f returns, detached, where `output=` picked a part of it: what `J.aux` holds."""
     if problem.picker.choice is None:
         return None
-    with rng_kept(problem.targets[0].tensor.device):
+    with rng_kept(problem.targets[0].tensor.device), autocast(problem.rounding):
         return detached(problem.function(*problem.args, **problem.kwargs))
 
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ._errors import listed
+from ._errors import StaleError, listed
 from ._problem import Problem
-from ._rows import StaleError
 from ._typing import Tensor
 
 Sources = tuple[tuple[str, Tensor, int], ...]

@@ -13,6 +13,7 @@ import torch
 
 from ._errors import InputError, MethodError
 from ._scipy import curvature_operator
+from ._state import unrounded
 from ._typing import Shape, Tensor
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ class Curvature:
         """(P,), (P, k) or by name -> (P,) or (P, k)."""
         u = self.J @ v
         columns = u.shape[-1] if u.ndim > self.J.values.ndim else 1
-        mixed = u if self.H is None else (self.H.to(u.dtype) @ u.reshape(*self.H.shape[:2], columns)).reshape(u.shape)
-        return self.J.T @ mixed
+        if self.H is not None:
+            with unrounded():
+                u = (self.H.to(u.dtype) @ u.reshape(*self.H.shape[:2], columns)).reshape(u.shape)
+        return self.J.T @ u
 
     def solve(
         self,
@@ -70,7 +73,8 @@ class Curvature:
             )
         wide = self if dtype is None else Curvature(self.J._wider(dtype), self.H)
         how = How(method, tolerance, max_iter)
-        return SYSTEMS[_choice(wide.J, damping, how, SYSTEMS, exact="columns")](wide, b.to(_working(wide.J)), damping, how)
+        with unrounded():
+            return SYSTEMS[_choice(wide.J, damping, how, SYSTEMS, exact="columns")](wide, b.to(_working(wide.J)), damping, how)
 
     def as_linear_operator(self) -> Any:
         """As a `scipy.sparse.linalg.LinearOperator`, for cg, eigsh, ...; see `Jacobian.as_linear_operator`."""
@@ -80,7 +84,8 @@ class Curvature:
 def least_squares(J: Jacobian, r: Tensor, damping: float, how: How) -> Tensor:
     """argmin_x |J x - r|^2 + damping |x|^2, the shortest such x where damping is zero: (P,)."""
     method = _choice(J, damping, how, LEAST_SQUARES, exact="svd")
-    return LEAST_SQUARES[method](J, r.to(_working(J)), damping, how)
+    with unrounded():
+        return LEAST_SQUARES[method](J, r.to(_working(J)), damping, how)
 
 
 def _working(J: Jacobian) -> torch.dtype:

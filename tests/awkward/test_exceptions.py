@@ -23,7 +23,7 @@ from partials.rules import RULES
 N = 3
 STATE = _state.__file__
 STEPS = 30
-"""Positions of the exception in the default run; all of them in the slow one."""
+"""Positions of the exception in the default run; more in the slow one, others every day."""
 
 
 class Planted(Exception):
@@ -105,13 +105,19 @@ def snapshot(model):
 
 
 def explode(call, model, steps):
-    """Run `call` with an exception at each of so many positions (all, if None), comparing what is left behind with what was there."""
+    """Run `call` with an exception at each of some positions, comparing what is left behind with what was there.
+
+    `steps`: how many, from the first to the last; or (how many, whose turn it is).
+    """
     expected = snapshot(model)
     with Bomb(0) as bomb:
         call()
     assert snapshot(model) == expected
     positions = range(1, bomb.count + 1)
-    if steps is not None and len(positions) > steps:
+    if isinstance(steps, tuple):
+        stride = max(1, bomb.count // steps[0])
+        positions = range(1 + steps[1] % stride, bomb.count + 1, stride)
+    elif len(positions) > steps:
         positions = [1 + i * (bomb.count - 1) // (steps - 1) for i in range(steps)]
     raised = 0
     for at in positions:
@@ -135,7 +141,9 @@ def explode(call, model, steps):
     assert snapshot(model) == expected
 
 
-every = pytest.mark.parametrize("steps", [STEPS, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "more"])
+def steps(request, turn):
+    return (request.config.getoption("--positions"), turn) if request.param else STEPS
 
 
 @pytest.fixture(autouse=True)
@@ -150,14 +158,12 @@ def data():
     return torch.linspace(-1, 1, 4 * N).reshape(N, 4)
 
 
-@every
 @pytest.mark.parametrize("method", ["auto", *NAMES])
 def test_anywhere_in_a_call(method, steps):
     model, x = net(plain=method in ("vmap", "forward")).eval(), data()
     explode(lambda: pt.jacobian(model, x, method=method, check="always").dense(), model, steps)
 
 
-@every
 def test_in_training_with_the_models_own_masks(steps):
     model, x = net().train(), data()
     model.norm.eval()
@@ -172,7 +178,6 @@ def test_in_training_with_the_models_own_masks(steps):
     explode(call, model, steps)
 
 
-@every
 def test_in_every_quantity(steps):
     model, x = net(checkpointed=True).eval(), data()
 
@@ -188,19 +193,16 @@ def test_in_every_quantity(steps):
     explode(call, model, steps)
 
 
-@every
 def test_in_differentiable_results(steps):
     model, x = net().eval(), data()
     explode(lambda: pt.jacobian(model, x, create_graph=True, check="never").norms(), model, steps)
 
 
-@every
 def test_in_a_full_check(steps):
     model, x = net().eval(), data()
-    explode(lambda: pt.check(model, x, level="full"), model, None if steps is None else 15)
+    explode(lambda: pt.check(model, x, level="full"), model, 15 if steps == STEPS else steps)
 
 
-@every
 def test_while_a_culprit_is_looked_for(steps):
     model, x = net().eval(), data()
     model.norm.train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,6 +147,36 @@ def test_every_source_of_random_numbers_is_seen(f):
     w = data(3, 2).requires_grad_()
     with pytest.raises(pt.RandomnessError):
         jac(f, data(N, 3), w)
+
+
+class Beside(nn.Module):
+    """A layer beside which, during some of its calls, another thread of the process draws."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(3, 2), calls
+
+    def forward(self, x):
+        if self.calls:
+            self.calls -= 1
+            other = threading.Thread(target=torch.rand, args=(3,))
+            other.start()
+            other.join()
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_another_thread_that_draws_is_no_draw_of_f(method, calls):
+    model, x = Beside(0), torch.randn(5, 3)
+    expected = jac(model, x, method=method).dense()
+    model.calls = calls
+    assert jac(model, x, method=method).dense().equal(expected)
+
+
+def test_where_the_random_state_moves_in_every_call_the_error_says_that_it_may_be_another_thread():
+    with pytest.raises(pt.RandomnessError, match="function modes do not see, or another thread meanwhile"):
+        jac(Beside(1000), torch.randn(5, 3))
 
 
 def test_evaluation_needs_no_policy():

@@ -15,14 +15,30 @@ from typing import Any
 import torch
 
 from .._jacobian import Jacobian
-from .._typing import Tensor
+from .._typing import Shape, Tensor
 from . import host
 
 with host("curvlinops-for-pytorch", "curvlinops"):
     from curvlinops._torch_base import PyTorchLinearOperator  # (the interface of its operators, which has no public name)
 
 
-class JacobianOperator(PyTorchLinearOperator):
+class Operator(PyTorchLinearOperator):
+    """Made of a Jacobian, and where and as it is."""
+
+    def __init__(self, J: Jacobian, columns: list[Shape], rows: list[Shape]) -> None:
+        self.J = J
+        super().__init__(columns, rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.J.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.J.dtype
+
+
+class JacobianOperator(Operator):
     """J of all samples, (N C, P), rows (n, c) in C order.
 
     >>> import torch, partials as pt
@@ -33,8 +49,7 @@ class JacobianOperator(PyTorchLinearOperator):
     """
 
     def __init__(self, J: Jacobian) -> None:
-        self.J = J
-        super().__init__([J.columns.shapes[name] for name in J.names], [tuple(J.values.shape)])
+        super().__init__(J, _shapes(J), [tuple(J.values.shape)])
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return [self.J @ _flat(X)]
@@ -42,21 +57,12 @@ class JacobianOperator(PyTorchLinearOperator):
     def _adjoint(self) -> TransposedJacobianOperator:
         return TransposedJacobianOperator(self.J)
 
-    @property
-    def device(self) -> torch.device:
-        return self.J.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.J.dtype
-
-
-class TransposedJacobianOperator(PyTorchLinearOperator):
+class TransposedJacobianOperator(Operator):
     """J^T of all samples, (P, N C)."""
 
     def __init__(self, J: Jacobian) -> None:
-        self.J = J
-        super().__init__([tuple(J.values.shape)], [J.columns.shapes[name] for name in J.names])
+        super().__init__(J, [tuple(J.values.shape)], _shapes(J))
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return _listed(self.J, self.J.T @ X[0])
@@ -64,16 +70,8 @@ class TransposedJacobianOperator(PyTorchLinearOperator):
     def _adjoint(self) -> JacobianOperator:
         return JacobianOperator(self.J)
 
-    @property
-    def device(self) -> torch.device:
-        return self.J.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.J.dtype
-
-
-class GGNOperator(PyTorchLinearOperator):
+class GGNOperator(Operator):
     """scale J^T H J, (P, P), symmetric; H (N, C, C), the identity by default.
 
     With `H = output_hessians(loss, J.values, y)` it is the generalised Gauss-Newton matrix of the summed loss, which for softmax and cross
@@ -84,20 +82,11 @@ class GGNOperator(PyTorchLinearOperator):
     SELF_ADJOINT = True
 
     def __init__(self, J: Jacobian, H: Tensor | None = None, scale: float = 1.0) -> None:
-        self.J, self.matrix, self.scale = J, J.ggn(H), scale
-        shapes = [J.columns.shapes[name] for name in J.names]
-        super().__init__(shapes, shapes)
+        self.matrix, self.scale = J.ggn(H), scale
+        super().__init__(J, _shapes(J), _shapes(J))
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return _listed(self.J, self.scale * (self.matrix @ _flat(X)))
-
-    @property
-    def device(self) -> torch.device:
-        return self.J.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.J.dtype
 
 
 def output_hessians(loss: Callable[[Tensor, Tensor], Tensor], values: Tensor, target: Tensor) -> Tensor:
@@ -113,6 +102,10 @@ def output_hessians(loss: Callable[[Tensor, Tensor], Tensor], values: Tensor, ta
     return found.reshape(len(values), count, count)
 
 
+def _shapes(J: Jacobian) -> list[Shape]:
+    return [J.columns.shapes[name] for name in J.names]
+
+
 def _flat(X: list[Tensor]) -> Tensor:
     """[(*shape, K), ...] -> (P, K)."""
     return torch.cat([x.flatten(0, -2) for x in X])
@@ -120,6 +113,6 @@ def _flat(X: list[Tensor]) -> Tensor:
 
 def _listed(J: Jacobian, matrix: Tensor) -> list[Any]:
     """(P, K) -> [(*shape, K), ...]."""
-    shapes = [J.columns.shapes[name] for name in J.names]
+    shapes = _shapes(J)
     parts = matrix.split([int(torch.Size(shape).numel()) for shape in shapes])
     return [part.reshape(*shape, matrix.shape[-1]) for part, shape in zip(parts, shapes, strict=True)]

@@ -10,6 +10,7 @@ batch come from factors, so that no Jacobian is formed for them. `backend_kwargs
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -38,7 +39,10 @@ class PartialsInterface(CurvatureInterface):
     softmax, a mean over tokens) is differentiated too.
     """
 
-    options: dict[str, Any]
+    def __init__(self, *given: Any, **named: Any) -> None:
+        hosts = signature(super().__init__).parameters
+        self.options = {name: value for name, value in named.items() if name not in hosts}
+        super().__init__(*given, **{name: value for name, value in named.items() if name in hosts})
 
     def jacobians(self, x: Batch, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Dense rows (N, C, P) and outputs (N, C); P runs over the subnetwork where there is one."""
@@ -122,21 +126,6 @@ class PartialsGGN(PartialsInterface, GGNInterface):
         Of `partials.jacobian`: `max_memory`, `check`, `method`, `randomness`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str,
-        last_layer: bool = False,
-        subnetwork_indices: Tensor | None = None,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        stochastic: bool = False,
-        num_samples: int = 1,
-        **options: Any,
-    ) -> None:
-        GGNInterface.__init__(self, model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, stochastic, num_samples)
-        self.options = options
-
     def full(self, x: Batch, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """(loss, J^T H J (P, P))."""
         if self.subnetwork_indices is not None:
@@ -172,19 +161,6 @@ class PartialsEF(PartialsInterface, EFInterface):
 
     Parameters are those of `PartialsGGN` without the sampling.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str,
-        last_layer: bool = False,
-        subnetwork_indices: Tensor | None = None,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        **options: Any,
-    ) -> None:
-        EFInterface.__init__(self, model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
-        self.options = options
 
     def full(self, x: Batch, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """(loss, sum_n g_n g_n^T (P, P)), by the convention of the host both times its `factor`."""

@@ -23,16 +23,17 @@ READ_AGAIN = {OuterPart, GatherPart, ConvPart}
 
 def block_of(use: Use, g: Tensor, layout: Layout, n: int, *, single: bool) -> Block:
     """The use's block of the tensor that it took; g is (C, *edge shape), or (*edge shape) of a `single` output."""
-    if g.dtype is not use.part.parameter.dtype:  # (autocast: the operation rounded its input, and the row has the parameter's dtype)
+    part = use.part
+    if g.dtype is not part.parameter.dtype:  # (autocast: the operation rounded its input, and the row has the parameter's dtype)
         rounded = g.dtype
-        with_data(use.part, lambda t: t.to(rounded) if t.is_floating_point() else t)
-        g = g.to(use.part.parameter.dtype)
+        with_data(part, lambda t: t.to(rounded) if t.is_floating_point() else t)
+        g = g.to(part.parameter.dtype)
     if single:
-        quick = SINGLE.get(type(use.part))
-        if quick is not None and use.order is None and layout is FIRST and (block := quick(use.part, g, n)) is not None:
+        quick = SINGLE.get(type(part))
+        if quick is not None and use.order is None and layout is FIRST and (block := quick(part, g, n)) is not None:
             return block
         g = g.unsqueeze(0)
-    return BUILDERS[type(use.part)](use, canonical(use, g), layout, n)
+    return BUILDERS[type(part)](use, canonical(use, g), layout, n)
 
 
 def canonical(use: Use, g: Tensor) -> Tensor:
@@ -49,14 +50,13 @@ def carried_to(use: Use, block: Block, wanted: Mapping[str, Tensor], *, attached
     return {name: carried(block, derived, wanted[name], attached=attached) for name in sorted(reached(derived, wanted))}
 
 
-def released(use: Use) -> Use:
-    """The use without the tensors that its block does not keep: enough to describe it."""
-    if type(use.part) not in READ_AGAIN:
+def release(use: Use) -> None:
+    """Let go of the tensors that the use's block does not keep; what is left is enough to describe it."""
+    if use.saved and type(use.part) not in READ_AGAIN:
         use.saved = ()
         kind: Any = type(use.part)
         for name in data_of(kind):
             setattr(use.part, name, None)
-    return use
 
 
 def features(part: Part, rank: int) -> set[int]:

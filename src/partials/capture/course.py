@@ -18,6 +18,7 @@ import torch
 from .. import _compat
 from .._typing import Tensor
 from ..rules.elementwise import ENTRY_BY_ENTRY
+from .routes import Constant
 
 MARK = "_partials_sample"
 _RUNS = itertools.count(1)
@@ -33,6 +34,26 @@ SIZED = {
     ),
 }
 """Operations whose numbers are sizes."""
+SMALL = 8
+"""Integers up to this may name dimensions."""
+
+
+class Lengths(tuple[int, ...]):
+    """The lengths of packed sequences, as an entry of the course."""
+
+
+def digest(course: Iterable[Hashable], *, fine: bool = False) -> int:
+    """A number for the code that a course went through: without sizes, and unless `fine` without constants and lengths.
+
+    Small integers are kept, since they name dimensions. (hash(-1) is hash(-2): they are shifted.)
+    """
+
+    def coarse(entry: Hashable) -> Hashable:
+        if type(entry) is int:
+            return entry + 2 * SMALL if -SMALL <= entry <= SMALL else int
+        return None if not fine and isinstance(entry, Constant | Lengths) else entry
+
+    return hash(tuple([coarse(entry) for entry in course]))
 
 
 class Course:

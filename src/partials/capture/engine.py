@@ -19,13 +19,14 @@ from .._typing import Tensor
 from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from . import layout as layouts
-from .build import READ_AGAIN, block_of, canonical, carried_to, features, released
-from .course import form
-from .describe import described
+from .build import READ_AGAIN, block_of, canonical, carried_to, features, release
+from .course import digest, form
+from .describe import described, held
 from .known import LAYOUTS
 from .layout import Layout, spilt
 from .recorder import Recorder
 from .reverse import cotangents, single, weighted
+from .script import Scribe
 from .tape import TapeRecorder
 from .trace import Refused, Trace, Unplaced, Use
 from .walk import demand_complete
@@ -35,6 +36,8 @@ Run = tuple[Tensor, Any, Trace, dict[str, Tensor]]
 
 def native(problem: Problem, kind: type[Recorder] = Recorder) -> Run:
     """f on the user's own batch: native kernels, the model's own masks, in-place writes and data-dependent branches."""
+    if kind is Recorder and problem.history is not None and problem.history.due():
+        kind = Scribe
     narrowed = problem.narrowed()
     if narrowed is problem:
         return _watched(problem, kind)
@@ -112,50 +115,45 @@ def vmapped(problem: Problem) -> Run:
 
 
 def solve(problem: Problem, run: Run, runner: str) -> Computed:
-    """Completeness, layouts, reverse passes, blocks."""
+    """Completeness, layouts; then the answer."""
+    values, _, trace, tensors = run
+    demand_complete(values, parameters(problem, tensors), trace, stood_in_for(problem, tensors))
+    measured, lasting = _layouts(problem, values, trace)
+    course = digest(trace.course), digest(trace.course, fine=True)
+    if lasting and trace.draft is not None:
+        problem.history.script = trace.draft.script(trace, values, measured, sum(map(held, trace.uses)), course)
+    return answer(problem, run, runner, measured, course)
+
+
+def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | None], course: tuple[int, int]) -> Computed:
+    """Reverse passes and blocks of a run that is known to be complete, with the layouts of its uses."""
     values, whole, trace, tensors = run
-    wanted, size = parameters(problem, tensors), problem.size
-    demand_complete(values, wanted, trace, stood_in_for(problem, tensors))
-    for use in trace.uses:
+    uses, wanted, outputs = trace.uses, parameters(problem, tensors), values.shape[1:].numel()
+    size = problem.size
+    for use in uses:
         for t, version in use.saved:
             if t._version != version:
                 raise Refused(f"an input of {use.operation} was changed in place after the operation read it")
-    measured: list[Layout | None] = _layouts(problem, values, trace)
-    outputs = values.shape[1:].numel()
-    inputs = [tensors[t.name] for t in problem.inputs]
-    edges = [*trace.edges, *inputs]
+    edges = [*trace.edges, *(tensors[t.name] for t in problem.inputs)] if problem.inputs else trace.edges
     found: Sequence[Tensor | None] = (
         single(values, edges, create_graph=problem.create_graph)
         if outputs == 1
         else cotangents(values, edges, create_graph=problem.create_graph, one_by_one=trace.one_by_one)
     )
-    if any(placed is None and found[use.slot] is not None for use, placed in zip(trace.uses, measured, strict=True)):
-        measured = _layouts(problem, values, trace, anew=True)  # a use that led nowhere when layouts were remembered
-    groups: dict[str, list[Block]] = {name: [] for name in wanted}
-    names = {id(t): name for name, t in wanted.items()}
-    for use, placed in zip(trace.uses, measured, strict=True):
-        g = found[use.slot]
-        if g is None or placed is None:
-            continue
-        if placed.owned is not None and spilt(canonical(use, g.unsqueeze(0) if outputs == 1 else g), placed):
-            raise Refused(f"{use.operation}: positions of its output belong to no sample")
-        block = block_of(use, g, placed, size, single=outputs == 1)
-        name = names.get(id(use.part.parameter))
-        if name is not None:
-            groups[name].append(block)
-        else:
-            for name, carried in carried_to(use, block, wanted, attached=problem.create_graph).items():
-                groups[name].append(carried)
-    blocks = {name: tuple(merged(group)) or (_zero(wanted[name], size, outputs),) for name, group in groups.items()}
+    for use, placed in zip(uses, measured, strict=True):
+        if placed is None and found[use.slot] is not None:  # a use that led nowhere when layouts were remembered
+            measured, _ = _layouts(problem, values, trace, anew=True)
+            break
+    blocks = _blocks(problem, uses, wanted, measured, found, outputs)
     for target, g in zip(problem.inputs, found[len(trace.edges) :], strict=True):
         blocks[target.name] = (_input_block(problem, target, g, outputs),)
     notes = [f"no rule, expanded: {listed(sorted(set(trace.expanded)))}"] if trace.expanded else []
     if not values.requires_grad:
         notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
-    sources = [
-        (f"an input of {use.operation}", t, version) for use in trace.uses if type(use.part) in READ_AGAIN for t, version in use.saved
-    ]
-    uses = [released(use) for use in trace.uses]
+    read = [use for use in uses if type(use.part) in READ_AGAIN]
+    sources = [(f"an input of {use.operation}", t, version) for use in read for t, version in use.saved]
+    for use in uses:
+        release(use)
     return Computed(
         values if problem.create_graph else values.detach(),
         blocks,
@@ -164,7 +162,36 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
         tuple(sources),
         lambda: described(uses, wanted, size, measured, runner),
         doubtful=any(placed is not None and placed.owned is not None for placed in measured),
+        course=course,
     )
+
+
+def _blocks(
+    problem: Problem,
+    uses: list[Use],
+    wanted: Mapping[str, Tensor],
+    measured: Sequence[Layout | None],
+    found: Sequence[Tensor | None],
+    outputs: int,
+) -> dict[str, tuple[Block, ...]]:
+    """The blocks of every wanted parameter: one of each use, carried on where an operation used what was computed from it."""
+    size, one = problem.size, outputs == 1
+    groups: dict[str, list[Block]] = {name: [] for name in wanted}
+    names = {id(t): name for name, t in wanted.items()}
+    for use, placed in zip(uses, measured, strict=True):
+        g = found[use.slot]
+        if g is None or placed is None:
+            continue
+        if placed.owned is not None and spilt(canonical(use, g.unsqueeze(0) if one else g), placed):
+            raise Refused(f"{use.operation}: positions of its output belong to no sample")
+        block = block_of(use, g, placed, size, single=one)
+        name = names.get(id(use.part.parameter))
+        if name is not None:
+            groups[name].append(block)
+        else:
+            for name, carried in carried_to(use, block, wanted, attached=problem.create_graph).items():
+                groups[name].append(carried)
+    return {name: tuple(merged(group)) or (_zero(wanted[name], size, outputs),) for name, group in groups.items()}
 
 
 def merged(group: list[Block]) -> list[Block]:
@@ -177,27 +204,28 @@ def merged(group: list[Block]) -> list[Block]:
     return [*(b for b in group if type(b) is not Dense), Dense(sum((b.values for b in dense[1:]), dense[0].values))]
 
 
-def _layouts(problem: Problem, values: Tensor, trace: Trace, *, anew: bool = False) -> list[Layout | None]:
+def _layouts(problem: Problem, values: Tensor, trace: Trace, *, anew: bool = False) -> tuple[list[Layout | None], bool]:
     """A layout for every use: known in a vmapped run, remembered from a run of the same course, or measured by two reverse passes.
 
-    None stands for a use that the values do not depend on.
+    None stands for a use that the values do not depend on. Beside them, whether every run of this course has the same.
     """
     n = problem.size
     if n == 0:
-        return [layouts.FIRST for _ in trace.uses]
+        return [layouts.FIRST for _ in trace.uses], False
     open_uses = [use for use in trace.uses if use.layout is None]
     if not open_uses:
-        return _spread(trace.uses, [])
+        return _spread(trace.uses, []), False
     key = (tuple(problem.dims), tuple(form(leaf.tensor.shape, n) for leaf in problem.leaves), form(values.shape, n), *trace.course)
     remembered = None if trace.routed or anew else LAYOUTS.get(key)
     if remembered is not None and len(remembered) == len(open_uses):
         known = [None if p is None else layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]
         if all(k is not None or p is None for k, p in zip(known, remembered, strict=True)):
-            return _spread(trace.uses, known)
+            return _spread(trace.uses, known), True
     measured, proved = _measure(problem, values, open_uses, trace.edges, layouts.tolerance(trace.dtypes))
-    if proved and not trace.routed:
+    proved &= not trace.routed
+    if proved:
         LAYOUTS.put(key, tuple([None if layout is None else layouts.pattern(layout) for layout in measured]))
-    return _spread(trace.uses, measured)
+    return _spread(trace.uses, measured), proved
 
 
 def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], within: float) -> tuple[list[Layout | None], bool]:

@@ -11,13 +11,15 @@ LIMIT = 256
 
 
 class Remembered:
-    """A bounded, thread-safe map, the oldest entry forgotten first."""
+    """A bounded, thread-safe map, the entry that was longest without use forgotten first."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit, self.lock, self.entries = limit, threading.Lock(), OrderedDict[Hashable, Any]()
 
     def get(self, key: Hashable) -> Any:
         with self.lock:
+            if key in self.entries:
+                self.entries.move_to_end(key)
             return self.entries.get(key)
 
     def put(self, key: Hashable, value: Any) -> None:

@@ -37,35 +37,13 @@ from ..rules import (
     keep,
     with_data,
 )
-from .course import Course, contents, form, wrapped
+from .course import Course, Lengths, contents, form, wrapped
 from .layout import FIRST, Layout
+from .routes import EXPANDS, constant, gains, multiplies, picks, routes
 from .trace import Placement, Refused, Trace, Use, edge_of, label
 
-EXPANDS = {
-    torch.Tensor.expand,
-    torch.Tensor.expand_as,
-    torch.Tensor.repeat,
-    torch.broadcast_to,
-    torch.Tensor.broadcast_to,
-    torch.tile,
-    torch.Tensor.tile,
-}
-"""Operations that can give a parameter a sample dimension of its own: a class token expanded to the batch."""
-ROUTES = frozenset(
-    getattr(owner, name)
-    for owner in (torch, torch.Tensor)
-    for name in (
-        *("index_select", "gather", "take", "take_along_dim", "masked_select", "sort", "argsort", "topk", "nonzero", "argwhere"),
-        *("index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
-        *("index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter_"),
-        *("repeat_interleave", "tensor_split", "unique", "unique_consecutive", "numpy", "__array__"),
-    )
-    if hasattr(owner, name)
-)
-"""Operations by which data decide where samples go: a layout measured for some data is none for others."""
 LONGEST = 4096
 """Steps of packed sequences whose lengths are remembered."""
-_PICKS = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 
 class Recorder(TorchFunctionMode):
@@ -82,14 +60,16 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.wanted, self.size = wanted, size
         self.expand_unknown, self.attached = expand_unknown, attached
-        self.trace = Trace()
-        self.course = Course(samples, size)
-        self.trace.course = self.course.entries
+        self.given = tuple(samples)
+        self.course = Course(self.given, size)
+        self.trace = Trace(course=self.course.entries)
         self.transforming = False
         """Whether a torch.func transform is running, at the present operation."""
         self.level: int | None = None
         """In a vmapped run: the number of our own vmap, whose mapped dimension is the samples."""
         self.leads: dict[int, tuple[Tensor, bool]] = {id(t): (t, True) for t in wanted.values()}
+        self.constants: list[Tensor] = []
+        """Of the present operation: those whose sizes are a multiple of N."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -119,7 +99,7 @@ class Recorder(TorchFunctionMode):
                     raise Refused(f"torch's derivative of {label(func)} under vmap is wrong")
             if func is _compat.PACK:
                 self._note_lengths(out)
-            elif func in ROUTES or (func in _PICKS and _by_data(args[1]) and not self._fixed(args, out)):
+            elif routes(func) or (picks(func, args) and not self._fixed(args, out)):
                 self.trace.routed = True
         return out
 
@@ -133,7 +113,7 @@ class Recorder(TorchFunctionMode):
         """Where packing put the samples: layouts hold wherever the lengths were the same."""
         lengths = tuple(packed[1].tolist())
         self.trace.routed |= len(lengths) > LONGEST
-        self.course.entries.append(lengths)
+        self.course.entries.append(Lengths(lengths))
 
     def _scan(self, func: Any, args: Any, kwargs: Any) -> tuple[bool, list[Tensor]]:
         """Whether any tensor depends on the samples, and the tensors that lead to wanted parameters and do not.
@@ -148,9 +128,30 @@ class Recorder(TorchFunctionMode):
         if kwargs:
             entries += kwargs
             depends |= self._meet(func, kwargs.values(), parameters)
+        if self.constants:
+            self._note_constants(func, args, kwargs) if depends else self.constants.clear()
         if not depends:
             del entries[before:]
+        elif multiplies(func):
+            self.trace.routed |= self._placed_by_data(args, kwargs)
         return depends, parameters
+
+    def _note_constants(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Constants whose values may decide where samples go: see the NOTE in `routes`."""
+        found, n = self.constants, self.course.n
+        self.constants = []
+        if not multiplies(func):
+            samples = [t for t in tensors_in((*args, *kwargs.values())) if self.depends(t)]
+            found = [t for t in found if gains(t, samples, n)]
+        for t in found:
+            entry = constant(t)
+            self.trace.routed |= entry is None
+            self.course.entries.append(entry)
+
+    def _placed_by_data(self, args: Any, kwargs: Any) -> bool:
+        """Whether a product of samples with samples may put them in places that data decide: one factor, computed, has no gradient."""
+        samples = [t for t in tensors_in((*args, *kwargs.values()) if kwargs else args) if self.depends(t)]
+        return len(samples) > 1 and any(not t.requires_grad and id(t) not in self.course.inputs for t in samples)
 
     def _meet(self, func: Any, values: Iterable[Any], parameters: list[Tensor]) -> bool:
         depends, course = False, self.course
@@ -166,6 +167,8 @@ class Recorder(TorchFunctionMode):
                     entry = value.shape
                 else:
                     entry = form(value.shape, course.n)
+                    if course.n > 1 and 2 in entry:
+                        self.constants.append(value)
                 course.entries.append(entry)
             elif (inner := contents(value)) is None:
                 course.note(func, value)
@@ -375,11 +378,6 @@ class Recorder(TorchFunctionMode):
         kind: Any = type(part)
         course.entries += (kind, form(shape, course.n))
         trace.uses.append(Use(func, part, len(trace.edges) - 1, shape, order, place.merged, layout, saved))
-
-
-def _by_data(index: Any) -> bool:
-    """Whether an index picks entries by a tensor or a list, not by numbers and slices alone."""
-    return any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,)))
 
 
 def broadcast(shapes: list[torch.Size]) -> tuple[int, ...]:

@@ -57,6 +57,8 @@ class Trace:
     """A derivative that torch computes wrongly for several outputs at once is in the graph."""
     refused: str = ""
     expanded: list[str] = field(default_factory=list)
+    draft: Any = None
+    """The script of the run (`script.Draft`), where it was written down."""
     dtypes: set[torch.dtype] = field(default_factory=set)
     """Of the tensors that depend on the samples: the coarsest sets how well two reverse passes can agree."""
 

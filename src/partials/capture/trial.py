@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .._algebra import Blocks
 from .._compat import inside_transform
 from .._errors import MethodError, PartialsError
 from .._machine import share
@@ -18,6 +19,7 @@ from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from .describe import described, held
 from .engine import Run, native, parameters, solve, taped, vmapped
+from .replay import replayed
 from .trace import Refused, Unplaced
 from .trace import Use as Recorded
 from .walk import Hidden, demand_complete
@@ -53,6 +55,9 @@ def attempt(problem: Problem) -> Attempt:
     nested = doubtful = False
     if inside_transform():
         return Attempt(None, {"capture": "a torch.func transform is running around this call"})
+    known = replayed(problem)
+    if known is not None:
+        return Attempt(known)
     device = problem.targets[0].tensor.device
     for name, runner in RUNNERS.items():
         if name == "taped" and not nested:
@@ -125,9 +130,9 @@ def preview(problem: Problem, facts: Facts) -> Preview:
     return Preview(Verdict("capture", "; ".join(reasons)))
 
 
-def verdict(problem: Problem, facts: Facts, computed: Computed) -> Verdict:
-    """The verdict of a capture that has run."""
-    held_bytes = sum(block.nbytes() for group in computed.blocks.values() for block in group)
+def verdict(problem: Problem, facts: Facts, blocks: Blocks) -> Verdict:
+    """The verdict of a capture that has run and gave these blocks."""
+    held_bytes = sum(block.nbytes() for group in blocks.values() for block in group)
     return Verdict("capture", "every use of every parameter in factors", _cost(problem, facts, held_bytes))
 
 

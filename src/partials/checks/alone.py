@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import torch
 
-from .._algebra import sum_of
+from .._blocks import Block
 from .._part import part
 from .._typing import Tensor
 from .agreement import flat_rows
-from .call import Call, call, in_short
-from .gaps import Gap, Key, Sides, ratio
+from .call import Call, call, gradients_of, in_short
+from .gaps import Gap, Key, Sides, pushed, ratio
 from .identities import Identities
 from .second_look import settle
-from .subject import Subject
-from .tolerance import distance, over, size
+from .subject import Subject, squares_of
+from .tolerance import apart, distance, dot, over, size
 from .values import ROUNDED, same_alone, scale_of
 
 COUNT, ODD, OUTPUTS, EACH = 2, 4, 16, 8
@@ -23,8 +23,10 @@ COUNT, ODD, OUTPUTS, EACH = 2, 4, 16, 8
 every sample's values are compared."""
 
 
-def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
+def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> bool:
     """Compare `COUNT` samples, and `ODD` of the `odd` ones, whose rows are not finite. `own`, `u`: (N, C).
+
+    Whether there was something to compare; then the products of all parameters were compared with it, too, where they were not before.
 
     Raises
     ------
@@ -34,49 +36,75 @@ def alone(sides: Sides, own: Tensor, u: Tensor, odd: list[int]) -> None:
     subject = sides.subject
     problem = subject.problem
     if not problem.batched or problem.size < 2:
-        return
+        return False
     if problem.random_state is not None:
         subject.report.note('randomness="model": a batch of one would draw other numbers, so samples were not compared with it')
-        return
-    sides = replace(sides, v={})
-    error, rounded, worst = 0.0, False, dict[str, Gap]()
+        return False
+    sides = replace(sides, pushed=[t.name for t in subject.targets if t.kind == "parameter" and t.name not in sides.pushed])
+    error, rounded = 0.0, False
     runs: list[tuple[int, Identities]] = []
     for n in dict.fromkeys([*subject.draws.choice(range(problem.size), COUNT), *odd[:ODD]]):
         found = _apart(sides, n)
         if found is None:
-            return
+            return False
         single, kept = found
         found_error, above = same_alone(subject, n, single.values[0], own)
         error, rounded = max(error, found_error), rounded or above
         runs.append((n, Identities(sides, single, u[kept] * (torch.arange(len(kept), device=u.device) == 0)[:, None], kept)))
-    usual = [identities for n, identities in runs if n not in odd]
-    together = _together(sides, usual) if len(usual) > 1 else {}
-    if any(gap.over(subject.tolerance) > 1 for gap in together.values()):
-        together = {}
-    for (_, name), gap in together.items():
-        worst[name] = gap
-    for n, identities in runs:
-        if together and n not in odd:
-            continue
-        gaps = by_rows(identities, 0) if n in odd else identities.gaps()
-        failing = {key: gap for key, gap in gaps.items() if gap.over(subject.tolerance) > 1}
-        for (check, name), gap in gaps.items():
-            if (check, name) not in failing and gap.error >= worst.get(name, gap).error:
-                worst[name] = gap
-        if failing:
-            settle(identities, failing, "alone")
+    worst = _compared(sides, runs, odd)
     error = max(error, _halves(subject, own))
     subject.row("alone", "values", error, passed=True, remark=ROUNDED if rounded else "")
-    for name, gap in worst.items():
-        subject.row("alone", name, gap.error, tolerance=subject.tolerance.summing(gap.terms))
+    for (check, name), gap in worst.items():
+        subject.row(check, name, gap.error, tolerance=subject.tolerance.summing(gap.terms))
+    return any(n not in odd for n, _ in runs)
 
 
-def _together(sides: Sides, runs: list[Identities]) -> dict[Key, Gap]:
-    """Gaps of the sum of several runs: one comparison for all; where it is too large, each is looked at by itself."""
-    inputs = {t.name for t in sides.subject.problem.inputs}
-    own = [run.call.gradients(run.u) for run in runs]
-    joined = {name: torch.cat([g[name] for g in own]) if name in inputs else sum_of(g[name] for g in own) for name in own[0]}
-    return sides.gaps(joined, torch.cat([run.u for run in runs]), [n for run in runs for n in run.kept or ()])
+def _compared(sides: Sides, runs: list[tuple[int, Identities]], odd: list[int]) -> dict[Key, Gap]:
+    """The worst gaps of the rows and products of single samples, of those that keep to the tolerance; rows for the others."""
+    subject, worst = sides.subject, dict[Key, Gap]()
+    usual = [identities for n, identities in runs if n not in odd]
+    told = _told(sides, usual) if usual else {}
+    for name, gap in told.items():
+        worst["alone", name] = gap
+        if name in sides.pushed:
+            worst["product", name] = gap
+    names = [t.name for t in subject.targets if t.name not in told]
+    for n, identities in runs:
+        gaps = by_rows(identities, 0) if n in odd else identities.gaps(names) if names else {}
+        failing = {key: gap for key, gap in gaps.items() if gap.over(subject.tolerance) > 1}
+        for (check, name), gap in gaps.items():
+            row = "alone" if check == "backward" else check, name
+            if (check, name) not in failing and gap.error >= worst.get(row, gap).error:
+                worst[row] = gap
+        if failing:
+            settle(identities, failing, "alone")
+    return worst
+
+
+def _told(sides: Sides, runs: list[Identities]) -> dict[str, Gap]:
+    """One number for each target: u.(J v) of single samples against <v, ordinary backward>. Those that are too large are left out.
+
+    A random v meets an error wherever it is in the rows, and misses one of e times their size with a probability of about the tolerance
+    over e. An input's rows are compared entry by entry.
+    """
+    subject = sides.subject
+    own = gradients_of([run.call for run in runs], [run.u for run in runs])
+    u, samples = torch.cat([run.u for run in runs]), [n for run in runs for n in run.kept or ()]
+    inputs = [t.name for t in subject.problem.inputs]
+    found = {name: gap for (_, name), gap in sides.gaps(own, u, samples, inputs).items()} if inputs else {}
+    for target in subject.targets:
+        if target.kind == "input":
+            continue
+        group, v, plain = sides.group(target.name, samples), sides.v(target.name), own[target.name]
+        error = apart(pushed(group, u, v), dot(plain, v)).abs()
+        gap = sides.measured(error, size(plain), u.numel(), lambda group=group: _scale(group, u))  # type: ignore[misc]
+        found[target.name] = Gap(gap, u.numel())
+    return {name: gap for name, gap in found.items() if gap.over(subject.tolerance) <= 1}
+
+
+def _scale(group: tuple[Block, ...], u: Tensor) -> Tensor:
+    """sqrt(sum_nc |u_nc J_nc|^2)."""
+    return (u.double().square() * squares_of(group)).sum().sqrt()
 
 
 def _halves(subject: Subject, own: Tensor) -> float:
@@ -108,13 +136,13 @@ def _halves(subject: Subject, own: Tensor) -> float:
 def by_rows(identities: Identities, n: int) -> dict[Key, Gap]:
     """Gaps of the call's sample n output by output: in a sum of rows infinities make other NaNs than in the rows themselves."""
     found: dict[Key, Gap] = {}
-    here = torch.tensor([identities.sample(n)], device=identities.u.device)
-    rows = flat_rows({name: tuple(block.select(here) for block in group) for name, group in identities.sides.subject.blocks.items()})
+    sides = identities.sides
+    rows = flat_rows({name: sides.group(name, [identities.sample(n)]) for name in sides.subject.blocks})
     for c in range(min(identities.u.shape[1], OUTPUTS)):
         seed = torch.zeros_like(identities.u)
         seed[n, c] = 1
         own = identities.call.gradients(seed)
-        for target in identities.sides.subject.targets:
+        for target in sides.subject.targets:
             left = rows[target.name][0, c]
             right = (own[target.name][n] if target.kind == "input" else own[target.name]).reshape(-1)
             error = ratio(distance(left, right), size(right.nan_to_num(0, 0, 0)))

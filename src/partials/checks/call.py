@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from .._algebra import sum_of
 from .._errors import PartialsError
 from .._graph import hides_uses, strided
 from .._output import check_output
 from .._problem import Problem
 from .._signature import usable
 from .._state import drawn_from
+from .._targets import Target
 from .._typing import Tensor
-from .places import Marks, Place, Readable
+from .places import Marks, Place, Readable, behind
 
 
 @dataclass
@@ -76,14 +78,15 @@ class Call:
             t.grad = None
         return found
 
-    def gradients(self, u: Tensor) -> dict[str, Tensor]:
-        """d sum u f / d target by name, zeros where f does not use one; an input's with samples first."""
-        return self.named(self.pull(u, list(self.tensors.values())))
+    def gradients(self, u: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """d sum u f / d target by name (of all targets), zeros where f does not use one; an input's with samples first."""
+        targets = [t for t in self.problem.targets if names is None or t.name in names]
+        return self.named(self.pull(u, [self.tensors[t.name] for t in targets]), targets)
 
-    def named(self, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """Gradients in the order of the targets, by name."""
+    def named(self, found: Sequence[Tensor | None], targets: Sequence[Target] | None = None) -> dict[str, Tensor]:
+        """Gradients in the order of the targets (all of them), by name."""
         by_name: dict[str, Tensor] = {}
-        for target, gradient in zip(self.problem.targets, found, strict=True):
+        for target, gradient in zip(self.problem.targets if targets is None else targets, found, strict=True):
             full = torch.zeros_like(self.tensors[target.name]) if gradient is None else gradient.detach()
             full = full.to_dense() if full.is_sparse else full
             if target.kind == "input":
@@ -108,7 +111,7 @@ def call(problem: Problem, *, reading: bool = False) -> Call:
 
 def _run(problem: Problem, *, reading: bool) -> Call:
     tensors = stand_ins(problem)
-    leaves, places, sources = _leaves(problem) if reading else (problem.given, [], {})
+    leaves, places, copies, sources = _leaves(problem) if reading else (problem.given, [], [], {})
     marks = Marks(sources, problem.size, [place.at for place in places if isinstance(place.at, Tensor)]) if sources else None
     with drawn_from(problem.random_state, problem.targets[0].tensor.device), marks or nullcontext():
         out = problem(tensors, leaves)
@@ -116,12 +119,32 @@ def _run(problem: Problem, *, reading: bool) -> Call:
         tensors = problem.tensors(fresh=True)
         with drawn_from(problem.random_state, problem.targets[0].tensor.device):
             out, marks = problem(tensors, leaves), None
+    else:
+        places = [behind(place, copy, out) for place, copy in zip(places, copies, strict=True)]
     out = check_output(out, problem.size, problem.name, batched=problem.batched)
     places += marks.places if marks is not None else []
     if reading:
         places += [Place(t.name, tensors[t.name], problem.dim_of(t)) for t in problem.inputs]
     flat = out.reshape(problem.size, -1) if problem.size else out.flatten(1)
     return Call(problem, tensors, flat, places, again=lambda: _run(problem, reading=reading))
+
+
+def gradients_of(calls: Sequence[Call], seeds: Sequence[Tensor]) -> dict[str, Tensor]:
+    """d sum_i sum u_i f_i / d target of some calls by name, in one backward where they allow it.
+
+    An input's samples come one call after another.
+    """
+    first = calls[0]
+    inputs = {t.name for t in first.problem.inputs}
+    shared = all(call.tensors[name] is tensor for call in calls for name, tensor in first.tensors.items())
+    if inputs or not shared or any(hides_uses(call.out) or not call.out.requires_grad for call in calls):
+        own = [call.gradients(u) for call, u in zip(calls, seeds, strict=True)]
+        return {name: torch.cat([g[name] for g in own]) if name in inputs else sum_of(g[name] for g in own) for name in own[0]}
+    wanted: Any = list(first.tensors.values())
+    found = torch.autograd.grad([call.out for call in calls], wanted, list(seeds), retain_graph=True, allow_unused=True)
+    for call in calls:
+        call.pulled = True
+    return first.named([strided(g) for g in found])
 
 
 def stand_ins(problem: Problem) -> dict[str, Tensor]:
@@ -136,9 +159,9 @@ def stand_ins(problem: Problem) -> dict[str, Tensor]:
     }
 
 
-def _leaves(problem: Problem) -> tuple[list[Tensor], list[Place], dict[str, Tensor]]:
-    """What f is given: copies of its batched float inputs, the places at which those can be read, and its batched integer inputs."""
-    given, places, sources = [], [], {}
+def _leaves(problem: Problem) -> tuple[list[Tensor], list[Place], list[Any], dict[str, Tensor]]:
+    """What f is given: copies of its batched float inputs; the places at which those can be read; their nodes; batched integer inputs."""
+    given, places, copies, sources = [], [], [], {}
     targets = {t.leaf for t in problem.targets}
     for leaf, tensor in zip(problem.leaves, problem.given, strict=True):
         if leaf.dim is None or leaf.name in targets:
@@ -147,10 +170,11 @@ def _leaves(problem: Problem) -> tuple[list[Tensor], list[Place], dict[str, Tens
             alias = usable(tensor).detach().requires_grad_()
             places.append(Place(leaf.name, alias, leaf.dim))
             given.append(alias.clone())
+            copies.append(given[-1].grad_fn)
         else:
             sources[leaf.name] = tensor
             given.append(tensor)
-    return given, places, sources
+    return given, places, copies, sources
 
 
 def in_short(error: BaseException) -> str:

@@ -33,6 +33,8 @@ COPIES = 8
 """Samples in every other member's batch, all the same one: another batch size has other kernels, which round otherwise."""
 LINK, FAR = 8, 8
 """Members this many times as far apart as neighbours are in one group; how many times as far from a group as its own a row may be."""
+LAST, STEPS = 8, 4
+"""How many times what the last operation alone moves two members may be apart by it; the fewest steps that show a quantum."""
 COMPANY = 0.75
 """Part of the members whose nearest neighbours say how far apart neighbours are: on a kink few are alone on their side."""
 
@@ -130,20 +132,37 @@ def belongs(x: Tensor, members: Tensor, floor: float, *, coarsest: float = 0.1) 
     """Whether x (p,) could be one of the members (D, p): as near to one group of them as they are to each other, or within `floor`.
 
     On a kink the members are in groups, and x must be in one of them. Where terms cancel, numbers have few digits and coincide:
-    then their grain, the smallest difference that occurs, is what they are apart; but no more than `coarsest` of their size.
+    then their grain is what they are apart; but no more than `coarsest` of their size.
     """
     to_x = distance(members, x, samples=True)
     if float(to_x.min()) <= floor:
         return True
     apart = torch.stack([distance(members, member, samples=True) for member in members])  # (D, D)
-    grain = float(torch.where(apart > 0, apart, torch.inf).min())
-    grain = grain if grain <= coarsest * float(size(members, samples=True).max()) else 0.0
+    largest = float(size(members, samples=True).max())
+    grain = _grain(apart, LAST * SHAKE * torch.finfo(members.dtype).eps * largest)
+    grain = grain if grain <= coarsest * largest else 0.0
     neighbour = float(apart.sort(1).values[:, 1].quantile(COMPANY))
     groups = _groups(apart <= LINK * max(neighbour, grain))
     spreads = [float(apart[group][:, group].sum()) / (len(group) * (len(group) - 1)) for group in groups if len(group) > 1]
     usual = sorted(spreads)[len(spreads) // 2] if spreads else neighbour
     own = iter(spreads)
     return any(float(to_x[group].mean()) <= max(floor, FAR * max(next(own) if len(group) > 1 else usual, grain)) for group in groups)
+
+
+def _grain(apart: Tensor, last: float) -> float:
+    """The smallest difference that occurs: the quantum of which all are multiples, where there is one, else the smallest of all.
+
+    What large terms leave when they cancel are multiples of their last digit, which every operation after that moves a little, by no more
+    than `last`: two members on one step are that far apart, which is no grain.
+    """
+    beyond = apart[apart > last]
+    if beyond.numel():
+        steps = (beyond / beyond.min()).round()
+        quantum = beyond.sum() / steps.sum()
+        off = (beyond - steps * quantum).abs().max()
+        if LAST * last <= float(quantum) and float(off) <= 2 * last and len(_groups(apart <= last)) >= STEPS:
+            return float(quantum)
+    return float(torch.where(apart > 0, apart, torch.inf).min())
 
 
 def _groups(linked: Tensor) -> list[list[int]]:

@@ -9,6 +9,9 @@ import torch
 
 from .._typing import Tensor
 
+TALL = 4096
+"""Rows from which a matrix is tall."""
+
 
 def fresh_seed() -> int:
     return secrets.randbits(32)
@@ -31,7 +34,12 @@ class Draws:
         return numbers + numbers.sign() / 2
 
     def spread(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """A product of one vector for each dimension, of numbers of random sign between 1/2 and 3/2: cheap where there are millions."""
+        """A product of one vector for each dimension, of numbers of random sign between 1/2 and 3/2: cheap where there are millions.
+
+        A tall table is a view of Gaussian numbers, each row one of them further on: no two of its rows, or columns, are alike.
+        """
+        if len(shape) == 2 and shape[0] >= TALL:
+            return self.gaussian((shape[0] + shape[1] - 1,), like).as_strided(tuple(shape), (1, 1))
         found = like.new_ones(())
         for dim, length in enumerate(shape or (1,)):
             vector = (self._uniform(length, like) + 0.5) * self.normal((length,), like).sign()

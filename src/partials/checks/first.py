@@ -1,8 +1,8 @@
 """When checks run: the first time for each piece of code, every time, or never.
 
 The key of a piece of code holds what decides which operations run: code objects, module types with their settings and train
-flags, dtypes, names, shapes of parameters. Not the number of samples (but for none, one and several), nor the sizes of inputs;
-and a fresh lambda of the same code is not new.
+flags, dtypes, names, shapes of parameters; and the operations that did run. Not the number of samples (but for none, one and
+several), nor the sizes of inputs; and a fresh lambda of the same code is not new.
 """
 
 from __future__ import annotations
@@ -54,8 +54,13 @@ class Passed:
 PASSED = Passed()
 
 
-def verify(problem: Problem, jacobian: Any, policy: str, *, doubtful: bool = False) -> None:
+def verify(
+    problem: Problem, jacobian: Any, policy: str, *, doubtful: bool = False, course: tuple[int, int] = (0, 0), kept: bool = False
+) -> None:
     """Run the quick check where the policy asks for it; whatever it says, look for mixing where a run of f gave cause to.
+
+    `course` stands for what f did in the run: other operations are other code, whatever decided on them. A run that `kept` to a script
+    which has passed in the same dtype has done the same.
 
     Raises
     ------
@@ -64,25 +69,25 @@ def verify(problem: Problem, jacobian: Any, policy: str, *, doubtful: bool = Fal
     MixingError
         where f mixes samples.
     """
-    if not problem.size:
+    if not problem.size or (policy == "never" and not doubtful):
         return
-    if policy == "never":
+    history, script = problem.history, (problem.history.script, jacobian.values.dtype) if kept else None
+    if policy == "first" and kept and history.passed == script:
+        return
+    key = None if policy == "always" else key_of(problem, jacobian.plan.method, jacobian.values.dtype)
+    if policy == "never" or (policy == "first" and (key, course[0]) in PASSED):
         if doubtful:
-            _apart(problem, jacobian)
+            _apart(problem, jacobian, (key, course[1], "apart"))
+        elif kept and policy == "first":
+            history.passed = script
         return
-    key: Hashable = None
-    if policy == "first":
-        key = key_of(problem, jacobian.plan.method, jacobian.values.dtype)
-        if key in PASSED:
-            return
     report = inspect(problem, jacobian.plan.method, "quick", jacobian).raise_if_failed()
     if policy == "first":
-        PASSED.add(key, report)
+        PASSED.add((key, course[0]), report)
 
 
-def _apart(problem: Problem, jacobian: Any) -> None:
+def _apart(problem: Problem, jacobian: Any, key: Hashable) -> None:
     """Once for each piece of code: samples do not mix, or MixingError."""
-    key = ("apart", key_of(problem, jacobian.plan.method, jacobian.values.dtype))
     if key not in PASSED:
         report = samples_apart(problem, jacobian).raise_if_failed()
         PASSED.add(key, report)

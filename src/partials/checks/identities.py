@@ -32,9 +32,9 @@ class Identities:
     ) -> dict[Key, Gap]:
         """Gaps by (check, parameter), with u multiplied by `mask` (M, C) if there is one; `own` if it is known already."""
         if mask is None:
-            return self.sides.gaps(self.call.gradients(self.u) if own is None else own, self.u, self.kept, names)
+            return self.sides.gaps(self.call.gradients(self.u, names) if own is None else own, self.u, self.kept, names)
         here = mask.any(1).nonzero().flatten().tolist()
-        own = self.call.gradients(self.u * mask)
+        own = self.call.gradients(self.u * mask, names)
         inputs = {t.name for t in self.call.problem.inputs}
         own = {name: g[here] if name in inputs else g for name, g in own.items()}
         found = self.sides.gaps(own, (self.u * mask)[here], [self.sample(n) for n in here], names)
@@ -60,9 +60,8 @@ class Identities:
             return place
         one = torch.zeros_like(self.u)
         one[n, c] = 1
-        own = self.call.gradients(one)[name]
-        here = torch.tensor([self.sample(n)], device=self.u.device)
-        group = tuple(block.select(here) for block in self.sides.subject.blocks[name])
+        own = self.call.gradients(one, [name])[name]
+        group = self.sides.group(name, [self.sample(n)])
         if name in {t.name for t in self.call.problem.inputs}:
             own, mine = own[n], weighted_each(group, one[n : n + 1]).reshape(own[n].shape)
         else:
@@ -122,11 +121,9 @@ class Search:
 
         def side(samples: list[int] | None) -> Tensor:
             kept = self.identities.kept if samples is None else [self.identities.sample(n) for n in samples]
-            group, weights = sides.subject.blocks[name], u if samples is None else u[samples]
-            if kept is not None:
-                group = tuple(block.select(torch.tensor(kept, device=u.device)) for block in group)
+            group, weights = sides.group(name, kept), u if samples is None else u[samples]
             group = group if dtype is self.identities.u.dtype else tuple(in_dtype(block, dtype) for block in group)
-            return (pushed(group, weights, sides.v[name].to(dtype)) if check == "product" else weighted(group, weights)).double()
+            return (pushed(group, weights, sides.v(name).to(dtype)) if check == "product" else weighted(group, weights)).double()
 
         parts = [*(samples for _, samples in self.parts), *([n] for n in self.found)]
         error = distance(side(None), sum((side(samples) for samples in parts[1:]), side(parts[0])))

@@ -40,7 +40,7 @@ def independence(subject: Subject, call: Call, u: Tensor, first: list[Tensor | N
     worst: dict[str, float] = {}
     for (place, g), again in zip(read, second, strict=True):
         again = torch.zeros_like(g) if again is None else again
-        view = _view(call, place, g, again, w)
+        view = _view(call, place, g, again, w, subject.tolerance.value)
         if view is not None:
             error = float(view.errors.max())
             if error > subject.tolerance.value:
@@ -62,7 +62,8 @@ class _View:
     """(N,): |g2[n] - w[n] g1[n]| over the scale."""
 
 
-def _view(call: Call, place: Place, g: Tensor, again: Tensor, w: Tensor) -> _View | None:
+def _view(call: Call, place: Place, g: Tensor, again: Tensor, w: Tensor, enough: float) -> _View | None:
+    """The layout that fits best, or the first whose errors are no more than `enough`."""
     found: _View | None = None
     for by_sample in place.layouts(g, call.problem.size):
         one, two = by_sample(g), by_sample(again)
@@ -70,6 +71,8 @@ def _view(call: Call, place: Place, g: Tensor, again: Tensor, w: Tensor) -> _Vie
         errors = over(distance(two, w[:, None].to(one) * one, samples=True), scale)
         if found is None or errors.max() < found.errors.max():
             found = _View(place, by_sample, scale, errors)
+            if float(errors.max()) <= enough:
+                break
     return found
 
 

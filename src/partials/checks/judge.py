@@ -7,25 +7,27 @@ tolerance of `ROWS` is judged block by block.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 import torch
 
 from .._part import part
-from .._typing import Tensor
 from .call import call
 from .gaps import Gap, Key
 from .identities import Identities
 from .second_look import settle
 from .subject import Subject
+from .tolerance import ROWS
 
-ROWS, BLOCKS = 1024, 512
-"""Rows of a block, and the most blocks."""
+BLOCKS, FEW = 512, 16
+"""The most blocks; random samples of a larger batch on which J v is compared with J^T u: both take the same way for every sample."""
 
 
-def judge(identities: Identities, own: dict[str, Tensor]) -> None:
-    """A row for each identity; `own`: the gradients of an ordinary backward of all samples with weights u."""
+def judge(identities: Identities, gaps: Mapping[Key, Gap]) -> None:
+    """A row for each identity; `gaps`: those of all samples with weights u."""
     subject = identities.sides.subject
     problem = identities.call.problem
-    gaps = identities.gaps(own=own)
     divisible = identities.u.numel() > ROWS and problem.size > 1 and problem.random_state is None  # else other numbers would be drawn
     failing: dict[Key, Gap] = {}
     for key, gap in gaps.items():
@@ -38,6 +40,22 @@ def judge(identities: Identities, own: dict[str, Tensor]) -> None:
         _by_blocks(subject, identities, failing)
     elif failing:
         settle(identities, failing)
+
+
+def products(identities: Identities, names: Sequence[str]) -> None:
+    """A row for the product of each of some parameters, compared on a few samples of a large batch."""
+    sides, size = replace(identities.sides, pushed=names), len(identities.u)
+    few = sides.subject.draws.choice(range(size), FEW) if size >= 4 * FEW else list(range(size))
+    u, samples = identities.u[few], [identities.sample(n) for n in few]
+    failing: dict[Key, Gap] = {}
+    for name in names:
+        gap = sides.product(name, u, samples)
+        if gap.over(sides.subject.tolerance) > 1:
+            failing["product", name] = gap
+        else:
+            sides.subject.row("product", name, gap.error, tolerance=sides.subject.tolerance.summing(gap.terms))
+    if failing:
+        settle(replace(identities, sides=sides), failing)
 
 
 def _by_blocks(subject: Subject, identities: Identities, failing: dict[Key, Gap]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,20 +15,20 @@ from .._run import compute, wrap
 from .._state import rng_kept
 from .._typing import Tensor
 from .alone import alone, by_rows
-from .call import call
+from .call import Call, call
 from .deep import deep
-from .gaps import Sides, vectors
+from .gaps import Gap, Key, Sides
 from .identities import Identities
 from .independence import independence
-from .judge import judge
+from .judge import FEW, judge, products
 from .oracles import full
 from .report import Report, Where
 from .subject import Subject
 from .values import values
 
 LEVELS = ("quick", "full", "deep")
-FEW = 16
-"""Random samples of a larger batch on which J v is compared with J^T u: both take the same way for every sample."""
+CHEAP = 2**20
+"""Bytes of a parameter and its blocks up to which J v is compared on all samples of a small batch."""
 
 
 def inspect(problem: Problem, method: str = "auto", level: str = "quick", jacobian: Any = None) -> Report:
@@ -75,37 +76,72 @@ def samples_apart(problem: Problem, jacobian: Any) -> Report:
 
 
 def quick(subject: Subject) -> None:
-    """Independence, values, identities, a few samples alone: about the cost of four training steps."""
+    """Independence, values, identities, a few samples alone: about the cost of three training steps."""
     problem, report = subject.problem, subject.report
     if not problem.size:
         report.note("no samples: nothing to compare")
         return
-    squares = subject.squares()
-    odd = _odd(subject, squares)
-    kept = _kept(problem, odd)
-    own = call(problem if kept is None else part(problem, torch.tensor(kept, device=subject.values.device)), reading=True)
+    bad = (~subject.values.isfinite()).any(1).nonzero().flatten().tolist()
+    if bad:
+        report.note(f"values are not finite in sample {listed(bad)}: passed on as they are")
+    own = call(problem, reading=True)
     u = subject.draws.gaussian((problem.size, own.out.shape[1]), own.values)
-    local = u if kept is None else u[kept]
-    pulled = own.pull(local, [*own.tensors.values(), *(place.at for place in own.places)])
-    gradients, at_places = pulled[: len(own.tensors)], pulled[len(own.tensors) :]
-    independence(subject, own, local, at_places)
     if problem.randomness in ("same", "different"):
+        _odd(subject)
+        independence(subject, own, u, own.pull(u, [place.at for place in own.places]))
         report.note(f'randomness="{problem.randomness}": the numbers are not those of an ordinary call, so only independence was compared')
         return
-    everyone = own.values if kept is None else call(problem).values
+    everyone, sides = own.values, Sides(subject, _small(subject))
+    gradients, at_places = _pulled(own, u)
+    local, odd, gaps = Identities(sides, own, u), list[int](), dict[Key, Gap]()
+    if everyone.shape == subject.values.shape:
+        gaps = local.gaps(own=own.named(gradients))
+        odd = [] if all(gap.finite for gap in gaps.values()) else _odd(subject)
+        kept = _kept(problem, odd)
+        if kept is not None:  # (what is not finite would be everywhere in a sum)
+            own = call(part(problem, torch.tensor(kept, device=u.device)), reading=True)
+            gradients, at_places = _pulled(own, u[kept])
+            local = Identities(replace(sides, pushed=_parameters(subject)), own, u[kept], kept)
+            gaps = local.gaps(own=own.named(gradients))
+    independence(subject, own, local.u, at_places)
     values(subject, everyone)
     if everyone.shape != subject.values.shape:
         return
     used = [t.name for t, g in zip(problem.targets, gradients, strict=True) if g is not None]
-    report.zeros += [name for name in used if name in squares and not squares[name].any()]
-    few = subject.draws.choice(range(problem.size), FEW) if problem.size >= 4 * FEW else None
-    sides = Sides(subject, squares, vectors(subject), few)
-    identities = Identities(sides, own, local, kept)
-    if odd and kept is None:
-        _row_by_row(identities, odd)
+    report.zeros += [name for name in used if ("backward", name) in gaps and _all_zero(subject, name, gaps["backward", name])]
+    if odd and local.kept is None:
+        _row_by_row(local, odd)
     else:
-        judge(identities, own.named(gradients))
-    alone(sides, everyone, u, odd)
+        judge(local, gaps)
+    pushed = alone(local.sides, everyone, u, odd)
+    if not pushed and not (odd and local.kept is None):
+        products(local, [name for name in _parameters(subject) if name not in local.sides.pushed])
+
+
+def _pulled(own: Call, u: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """One backward of sum u f: to the targets, and to the places where samples can be read."""
+    found = own.pull(u, [*own.tensors.values(), *(place.at for place in own.places)])
+    return found[: len(own.tensors)], found[len(own.tensors) :]
+
+
+def _parameters(subject: Subject) -> list[str]:
+    return [t.name for t in subject.targets if t.kind == "parameter"]
+
+
+def _small(subject: Subject) -> list[str]:
+    """The parameters whose products of all samples are cheap to compare; others are compared on the samples that run alone."""
+    if subject.problem.size >= 4 * FEW:
+        return []
+    return [
+        t.name
+        for t in subject.targets
+        if t.kind == "parameter" and t.tensor.nbytes + sum(block.nbytes() for block in subject.blocks[t.name]) <= CHEAP
+    ]
+
+
+def _all_zero(subject: Subject, name: str, gap: Gap) -> bool:
+    """Whether the rows of a target are zero, every one."""
+    return gap.zero and not bool(subject.squares(name).any())
 
 
 def _kept(problem: Problem, odd: list[int]) -> list[int] | None:
@@ -128,15 +164,14 @@ def _row_by_row(identities: Identities, odd: list[int]) -> None:
     subject.report.note(f"sums over samples are not finite: only the rows of sample {n} were compared")
 
 
-def _odd(subject: Subject, squares: dict[str, Tensor]) -> list[int]:
+def _odd(subject: Subject) -> list[int]:
     """Samples whose rows are not finite, noted; identities are compared on the others."""
     found: set[int] = set()
-    for name, square in squares.items():
-        here = (~square.isfinite()).any(1).nonzero().flatten().tolist()
+    for target in subject.targets:
+        here = (~subject.squares(target.name).isfinite()).any(1).nonzero().flatten().tolist()
         if here:
-            subject.report.note(f"rows of {name!r} are not finite, or too large to be squared, in sample {listed(here)}: passed on as is")
+            subject.report.note(
+                f"rows of {target.name!r} are not finite, or too large to be squared, in sample {listed(here)}: passed on as is"
+            )
             found.update(here)
-    bad = (~subject.values.isfinite()).any(1).nonzero().flatten().tolist()
-    if bad:
-        subject.report.note(f"values are not finite in sample {listed(bad)}: passed on as they are")
     return sorted(found)

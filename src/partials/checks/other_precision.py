@@ -1,4 +1,4 @@
-"""One sample's gradients by an ordinary backward in another precision, where f runs in it.
+"""Gradients by an ordinary backward in another precision, where f runs in it.
 
 NOTE on other precisions. A sum of many terms of one sign, added up one after the other, rounds by about eps times their number: an
 ordinary backward does so over the positions of a sample, and moving numbers in their last bits does not show it. What is right in
@@ -8,7 +8,7 @@ a fault is no smaller in units of what is compared because the precision is high
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -24,19 +24,16 @@ TIMES, EXACT = 8, 1e-11
 """How many times as many eps an error may be as in another precision; what is exact in float64, and the most that is allowed there."""
 
 
-def in_precision(problem: Problem, n: int, u: Tensor, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """d sum_c u_c f_c / d target at sample n by name, flat, in `dtype`; None for an f that does not run in it.
+def in_precision(problem: Problem, u: Tensor, dtype: torch.dtype, names: Collection[str] | None = None) -> dict[str, Tensor] | None:
+    """d sum u f / d target by name (of all targets) in `dtype`, an input's with samples first; None for an f that does not run in it.
 
     Random numbers would be others in another dtype: an f that draws them does not run in it.
     """
     if problem.random_state is not None:
         return None
     try:
-        single = part(problem, torch.tensor([n], device=u.device)) if problem.batched else problem
-        found = call(doubled(single, dtype))
-        if found.out.dtype is not dtype:
-            return None
-        return {name: gradient.reshape(-1) for name, gradient in found.gradients(u[None].to(dtype)).items()}
+        found = call(doubled(problem, dtype))
+        return found.gradients(u.to(dtype), names) if found.out.dtype is dtype else None
     except Exception:  # whatever the user's code has against this precision, or against a batch of one
         return None
 
@@ -46,12 +43,13 @@ def told_by_precision(
 ) -> dict[str, str]:
     """Why the Jacobian's row and an ordinary backward's, which differ, are both right: words by name, for those where it is known."""
     double = problem.dtype is torch.float64
-    found = in_precision(problem, n, u, torch.float32 if double else torch.float64) if both else None
+    single = part(problem, torch.tensor([n], device=u.device)) if problem.batched else problem
+    found = in_precision(single, u[None], torch.float32 if double else torch.float64, both.keys()) if both else None
     words: dict[str, str] = {}
     for name, (row, plain) in both.items():
         if found is None:
             return {}
-        error = ratio(distance(row, found[name]), scales[name])
+        error = ratio(distance(row, found[name].reshape(-1)), scales[name])
         if not double and error <= tolerance:
             words[name] = f"an ordinary backward in {name_of(problem.dtype)} is as far from one in float64, to which this row keeps"
         elif double:

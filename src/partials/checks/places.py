@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,33 @@ class Place:
 
 def _along(dim: int, count: int) -> BySample:
     return lambda gradient: gradient.movedim(dim, 0).reshape(count, gradient.numel() // count)
+
+
+APART = {("ConvolutionBackward0", 0), ("AddmmBackward0", 1), ("MmBackward0", 0)}
+"""Nodes of the graph, and which of their operands is meant: operations that treat the first dimension of it apart, and keep it."""
+
+
+def behind(place: Place, copy: Any, out: Tensor) -> Place:
+    """The place behind the first layer where that alone reads the input: a reverse pass need not go through it.
+
+    `copy` is the node of what f was given, `out` what it made of it. Whatever depends on a sample of the input does so by what the layer
+    makes of that sample.
+    """
+    if place.dim != 0:
+        return place
+    readers, stack, seen = set(), [out.grad_fn], set()
+    while stack:
+        node: Any = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for operand, (following, _) in enumerate(node.next_functions):
+            readers |= {(node, operand)} if following is copy else set()
+            stack.append(following)
+    if len(readers) != 1:
+        return place
+    ((node, operand),) = readers
+    return replace(place, at=GradientEdge(node, 0)) if (node.name(), operand) in APART else place
 
 
 class Marks(TorchFunctionMode):

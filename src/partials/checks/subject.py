@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -36,6 +36,8 @@ class Subject:
     tolerance: Tolerance
     targets: tuple[Target, ...]
     """Those whose blocks have the right shape."""
+    known: dict[str, Tensor] = field(default_factory=dict)
+    """The squares of `squares`, as far as they were asked for: for long inputs they cost as much as a training step."""
 
     @classmethod
     def of(cls, problem: Problem, J: Any, method: str, level: str) -> Subject:
@@ -65,10 +67,17 @@ class Subject:
     def chosen(self, index: Tensor) -> Blocks:
         return _algebra.select(self.blocks, index)
 
-    def squares(self) -> dict[str, Tensor]:
-        """|J[n, c]|^2 of each target in float64: {name: (N, C)}."""
-        with torch.no_grad():
-            return {t.name: _algebra.squared_norms(self.blocks[t.name]).double() for t in self.targets}
+    def squares(self, name: str) -> Tensor:
+        """|J[n, c]|^2 of a target in float64, (N, C)."""
+        if name not in self.known:
+            self.known[name] = squares_of(self.blocks[name])
+        return self.known[name]
+
+
+def squares_of(group: tuple[Block, ...]) -> Tensor:
+    """|J[n, c]|^2 of the sum of some blocks in float64, (N, C)."""
+    with torch.no_grad():
+        return _algebra.squared_norms(group).double()
 
 
 def _exact(problem: Problem, plan: Plan) -> Problem:

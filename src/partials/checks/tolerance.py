@@ -12,13 +12,15 @@ from .._typing import Tensor
 
 FACTOR = 64
 """In units of eps, over the scale of a whole row. Healthy functions stay an order of magnitude below (docs/checks.md)."""
-WORST = {"independence": 8, "values": 8, "backward": 12, "product": 14, "alone": 12}
+WORST = {"independence": 8, "values": 8, "backward": 12, "product": 18, "alone": 18}
 """The worst error in eps of float32 over 1000 seeds of the healthy networks of docs/checks.md in which nothing cancels, rounded up."""
 
 PIECE, PART, SMALL, LARGE = 2**18, 4096, 1e-12, 1e15
 """Entries of a piece, and of a part, whose norm is taken in float32; and between what norms it can be: beyond, squares lose digits
 or overflow."""
 
+ROWS = 1024
+"""Rows from which a sum that is not right to this many rows' tolerance is judged in parts."""
 PER_ROOT = 4
 """A sum of K random terms, added up one after the other, is off by about eps sqrt(K / 2) of its size: allowed is eps times this sqrt(K)."""
 
@@ -120,8 +122,11 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _pieces(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both in flat pieces that a cache holds, so that what is computed from them needs no fresh memory."""
-    return zip(left.reshape(-1).split(PIECE), right.reshape(-1).split(PIECE), strict=True)
+    """Both in pieces that a cache holds, so that what is computed from them needs no fresh memory."""
+    if left.is_contiguous() and right.is_contiguous():
+        return zip(left.reshape(-1).split(PIECE), right.reshape(-1).split(PIECE), strict=True)
+    step = max(1, PIECE * len(left) // left.numel())
+    return zip(left.split(step), right.split(step), strict=True)
 
 
 def over(error: Tensor, scale: Tensor) -> Tensor:

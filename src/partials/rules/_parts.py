@@ -122,10 +122,12 @@ def keep(part: Part, *, attached: bool) -> list[tuple[Tensor, int]]:
                 setattr(part, name, value)
             found.append((value, value._version))
         elif value:
-            if not attached:
-                value = rebuild(value, iter([t.detach() for t in tensors_in(value)]))
+            tensors = tensors_in(value)
+            if not attached and any(t.requires_grad for t in tensors):
+                value = rebuild(value, iter([t.detach() for t in tensors]))
                 setattr(part, name, value)
-            found += [(t, t._version) for t in tensors_in(value)]
+                tensors = tensors_in(value)
+            found += [(t, t._version) for t in tensors]
     return found
 
 

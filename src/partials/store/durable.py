@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
+import re
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,6 +14,7 @@ from typing import Any
 from .._errors import StoreError
 
 PARTIAL = ".partial"
+ASIDE = re.compile(rf"\.[0-9a-f]{{12}}\{PARTIAL}$")
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 _SENTENCES = {
@@ -23,6 +24,7 @@ _SENTENCES = {
     errno.EROFS: ("the file system is read-only", "another folder"),
     errno.EACCES: ("the folder may not be written to", "another folder, or its permissions"),
     errno.EPERM: ("the folder may not be written to", "another folder, or its permissions"),
+    errno.ENOENT: ("what was written aside is gone", "another run may have removed it, or the folder: only one run at a time"),
     errno.ELOOP: ("it is a link, which would lead out of the store", "another folder"),
     errno.ENAMETOOLONG: ("its name is too long", "another folder"),
 }
@@ -32,7 +34,7 @@ def write(path: Path, pieces: Iterable[Any]) -> None:
     """Write the pieces to `path`: afterwards it holds all of them, or what it held before.
 
     They are written aside under a name of their own, so that several may write one file at once. What a killed process left aside
-    is for `tidy`.
+    is for `sweep`.
 
     Raises
     ------
@@ -58,11 +60,12 @@ def write(path: Path, pieces: Iterable[Any]) -> None:
         raise refused(path, error) from error
 
 
-def tidy(path: Path) -> None:
-    """Remove what killed processes have left beside a file that is whole."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}"):
-        with suppress(OSError):
-            left.unlink()
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left aside, anywhere below a folder that nobody is writing to."""
+    for place, _, names in os.walk(folder):
+        for name in filter(ASIDE.search, names):
+            with suppress(OSError):
+                os.unlink(os.path.join(place, name))
 
 
 def append(path: Path, line: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,11 +25,15 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Locks:
-    """Held by a worker of a run of `world` workers: its own lock alone, and that of its world beside the other workers."""
+    """Held by a worker of a run of `world` workers: its own lock alone, and that of its world beside the other workers.
 
-    def __init__(self, store: Path, rank: int, world: int) -> None:
+    `first` is called where no other worker is at work, before one can begin.
+    """
+
+    def __init__(self, store: Path, rank: int, world: int, first: Callable[[], None] = lambda: None) -> None:
         self.held: list[int] = []
-        self.remarks: list[str] = []
+        self.sure = fcntl is not None
+        """Whether the file system has locks: else nothing tells who else is at work."""
         self.store, self.folder = store, store / FOLDER
         self.folder.mkdir(exist_ok=True)
         try:
@@ -37,6 +41,8 @@ class Locks:
                 for other in self.folder.glob("world-*"):
                     if other.name != f"world-{world}" and not self._take(other, alone=True, keep=False):
                         raise _busy(store, f"a run of {other.name.removeprefix('world-')} workers")
+                if self._take(self.folder / f"world-{world}", alone=True, keep=False) and self.sure:
+                    first()
                 if not self._take(self.folder / f"world-{world}", alone=world == 1) or not self._take(
                     self.folder / f"worker-{rank}-of-{world}", alone=True
                 ):
@@ -59,6 +65,10 @@ class Locks:
         finally:
             os.close(gate)
 
+    @property
+    def remarks(self) -> list[str]:
+        return [] if self.sure else ["this file system has no locks: runs into one store are not kept apart here"]
+
     def release(self) -> None:
         while self.held:
             os.close(self.held.pop())
@@ -72,7 +82,7 @@ class Locks:
             if error.errno not in NO_LOCKS:
                 os.close(descriptor)
                 return False
-            self.remarks = ["this file system has no locks: runs into one store are not kept apart here"]
+            self.sure = False
         if keep:
             self.held.append(descriptor)
         else:

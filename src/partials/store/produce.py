@@ -141,13 +141,15 @@ def _stoppable(parts: Iterable[Part], stopping: Callable[[], bool]) -> Iterator[
 
 
 def finish(writer: Writer) -> None:
-    """Where all blocks of a reduction have been committed, by whomever: its result as an array of its own, added up in block order."""
+    """Where all blocks have been committed, by whomever: a reduction's result as an array of its own, added up in block order."""
     main = next(iter(writer.arrays.values()))
-    if main.name != "parts" or len(journal.read(writer.path)[0]) < main.blocks:
+    if len(journal.read(writer.path)[0]) < main.blocks:
         return
-    total = Store(writer.path).result().numpy()
-    shape = total.shape
-    writer.add(Array(main.attributes["what"], shape, main.dtype, max(1, shape[0]), max(1, shape[0])), total)
+    if main.name == "parts":
+        total = Store(writer.path).result().numpy()
+        shape = total.shape
+        writer.add(Array(main.attributes["what"], shape, main.dtype, max(1, shape[0]), max(1, shape[0])), total)
+    writer.sweep()
 
 
 def write_batches(

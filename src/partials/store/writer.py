@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ class Writer:
         path.mkdir(parents=True, exist_ok=True)
         for name in (LOCKS, journal.FOLDER):
             within(path, name)
-        self.locks = Locks(path, rank, world)
+        self.locks = Locks(path, rank, world, lambda: durable.sweep(path))
         try:
             with self.locks.alone():  # (workers that come at the same moment: one makes the store, the others find it)
                 if not _existing(path):
@@ -83,15 +85,18 @@ class Writer:
         entry = journal.Entry(block, rows, files, info={**info, "time": time.time()})
         self.journal.append(entry)
         self.done[block] = entry
-        for key in files:
-            durable.tidy(self.path / key)
 
     def add(self, a: Array, values: numpy.ndarray) -> None:
         """A further array of one block: a reduction's result."""
         with self.locks.alone():
             write_shard(self.path, a, 0, values)
             durable.write(self.path / a.name / "zarr.json", [a.metadata().encode()])
-            durable.tidy(self.path / a.key(0))
+
+    def sweep(self) -> None:
+        """Remove what killed processes have left aside: when all blocks are committed, whoever still writes one has been given up."""
+        if self.locks.sure:
+            with self.locks.alone():
+                durable.sweep(self.path)
 
     def demand_whole(self) -> None:
         """
@@ -125,7 +130,6 @@ class Writer:
                     hint="fewer parameters at once (wrt=)",
                 )
             durable.write(within(self.path, key), [text.encode()])
-            durable.tidy(self.path / key)
 
     def _grow(self, samples: int, blocks: int) -> None:
         """Make the arrays longer, where the number of samples was not known beforehand."""
@@ -158,9 +162,25 @@ def write_shard(path: Path, a: Array, block: int, values: numpy.ndarray) -> tupl
             hint="outputs and parameters of one shape for all samples",
         )
     pieces = a.shard(values.astype(a.dtype, copy=False))
-    durable.write(within(path, a.key(block)), pieces)
-    kind = checksum.kind()
-    return sum(len(p) for p in pieces), kind, checksum.of_pieces([_array(p) for p in pieces], kind)
+    kind, begun = checksum.kind(), threading.Event()
+    with ThreadPoolExecutor(1) as beside:  # (the system copies and syncs while another core counts)
+        check = beside.submit(_counted, pieces, kind, begun)
+        try:
+            durable.write(within(path, a.key(block)), _announced(pieces, begun))
+        finally:
+            begun.set()
+    return sum(len(p) for p in pieces), kind, check.result()
+
+
+def _announced(pieces: Iterable[Any], begun: threading.Event) -> Iterator[Any]:
+    begun.set()
+    yield from pieces
+
+
+def _counted(pieces: Iterable[Any], kind: str, begun: threading.Event) -> int:
+    """The checksum of the pieces, once they are being written: it keeps Python's lock, without which the writing cannot begin."""
+    begun.wait()
+    return checksum.of_pieces(pieces, kind)
 
 
 def demand_known(path: Path, arrays: Mapping[str, Array], entries: Mapping[int, journal.Entry]) -> None:
@@ -188,10 +208,6 @@ def damaged(block: int, key: str, got: str, expected: str, path: Path) -> StoreE
         expected=expected,
         hint=f"partials verify {path} --forget, which lets a resumed run compute damaged blocks again",
     )
-
-
-def _array(piece: Any) -> Any:
-    return numpy.frombuffer(piece, numpy.uint8)
 
 
 def _existing(path: Path) -> bool:

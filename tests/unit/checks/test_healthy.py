@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -53,9 +52,9 @@ def test_forty_seeds(name, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", HEALTHY)
-def test_a_thousand_seeds(name, method):
-    first = int(os.environ.get("FIRST_SEED", "0"))
-    found = worst_of(name, range(first, first + 1000), method)
+def test_seeds_in_turn(name, method, turn, request):
+    count = request.config.getoption("--seeds")
+    found = worst_of(name, range(turn * count, (turn + 1) * count), method)
     if name in ORDINARY:
         assert all(found[check] <= WORST[check] for check in found), found
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.store.making import PATIENCE
+
 SRC = Path(__file__).parents[3] / "src"
 MODEL = """
 import os, time
@@ -20,8 +22,11 @@ other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Lin
 x, y, more = torch.randn(90, 3), torch.randint(2, (90,)), torch.randn(90, 3)
 
 
+PAUSE = float(os.environ.get("PAUSE", "0.02"))
+
+
 def slow(x, weight=net[0].weight):
-    time.sleep(0.02)
+    time.sleep(PAUSE)
     return torch.tanh(x @ weight.T)
 
 
@@ -31,7 +36,7 @@ class Slow(torch.nn.Module):
         self.net = net
 
     def forward(self, x):
-        time.sleep(0.02)
+        time.sleep(PAUSE)
         return self.net(x)
 
 
@@ -78,7 +83,7 @@ def run(start):
 
     def ran(*words, **options):
         process = start(*words, **options)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE)
         return process.returncode, out, err
 
     return ran

@@ -10,6 +10,8 @@ from partials.distribute.ranks import Place
 from partials.store.data import of_arrays
 
 N, BLOCK = 10, 4
+PATIENCE = 600
+"""Seconds after which a process is taken to hang: many, since the machine may be busy."""
 
 
 def problem(dtype=torch.float64, seed=0):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import partials as pt
 from partials.store.verify import verify
+from tests.unit.store.making import PATIENCE
 
 pytest.importorskip("typer")
 SLOWLY = {"model": "model.py:slowly", "block": 3}
@@ -23,11 +26,28 @@ def lines(store):
     return sum(path.read_bytes().count(b"\n") for path in Path(store, "journal").glob("*.jsonl")) if Path(store, "journal").is_dir() else 0
 
 
-def wait_for(store, count, process, seconds=60):
+def wait_for(store, count, process):
     """Until so many blocks are committed."""
-    end = time.monotonic() + seconds
-    while lines(store) < count and process.poll() is None and time.monotonic() < end:
+    while lines(store) < count and process.poll() is None:
         time.sleep(0.002)
+
+
+def caught(start, store, count, act):
+    """Start a run and do something to it when `count` of its 30 blocks are committed: again, and slower, where it had ended by then."""
+    for attempt in range(6):
+        process = start(out=store, PAUSE=str(0.02 * 4**attempt), **SLOWLY)
+        wait_for(store, count, process)
+        act(process)
+        _, err = process.communicate(timeout=PATIENCE)
+        if process.returncode:
+            return process.returncode, err
+        shutil.rmtree(store)
+    raise AssertionError("the run always ends before it is caught")
+
+
+def kill(process, after):
+    time.sleep(after)
+    process.kill()
 
 
 def killed_and_resumed(start, run, files, points):
@@ -36,13 +56,10 @@ def killed_and_resumed(start, run, files, points):
     whole = files("whole")
     for point in points:
         store = f"killed{point}"
-        process = start(out=store, **SLOWLY)
-        wait_for(store, point, process)
-        time.sleep(random.Random(point).random() * 0.03)
-        process.kill()
-        process.communicate()
+        code, err = caught(start, store, point, partial(kill, after=random.Random(point).random() * 0.03))
         before = lines(store)
-        assert process.returncode == -signal.SIGKILL and point <= before < 30
+        assert code == -signal.SIGKILL, err
+        assert point <= before <= 30
         kept = {path: Path(store, path).stat().st_mtime_ns for path in files(store)}
         committed = (
             {key for entry in pt.open(store).entries.values() for key in entry.files} if Path(store, "zarr.json").exists() else set()
@@ -66,11 +83,8 @@ def test_kill_and_resume_at_twenty_points(start, run, files):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_between_blocks(start, run, number):
-    process = start(out="store", **SLOWLY)
-    wait_for("store", 2, process)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    code, err = caught(start, "store", 2, lambda process: process.send_signal(number))
+    assert code == 130, err
     assert "finished blocks are kept; go on with" in err and "--resume" in err
     assert 2 <= lines("store") < 30 and verify("store").passed
     assert run("--resume", out="store", **SLOWLY)[0] == 0
@@ -85,15 +99,15 @@ def ranks(start, world, **options):
 def test_ranks_share_the_blocks_and_another_world_goes_on(start, run, files):
     code, _, err = run(out="whole", **SLOWLY)
     assert code == 0, err
-    first, second = ranks(start, 2, out="store", **SLOWLY)
+    first, second = ranks(start, 2, out="store", PAUSE="0.3", **SLOWLY)
     wait_for("store", 8, first)
     second.kill()
     second.communicate()
-    _, err = first.communicate(timeout=60)
+    _, err = first.communicate(timeout=PATIENCE)
     assert first.returncode == 0, err
     assert not pt.open("store").complete
     for process in ranks(start, 3, out="store", **SLOWLY):
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, err
     assert files("store") == files("whole") and lines("store") == 30
 
@@ -102,9 +116,9 @@ def test_ranks_share_the_blocks_and_another_world_goes_on(start, run, files):
 def test_torchrun(folder, environment, run, files):
     code, _, err = run("--what", "sum", out="whole")
     assert code == 0, err
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611", "-m", "partials", "run"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "partials", "run"]
     words = ["model.py:net", "--data", "model.py:x", "--what", "sum", "--out", "store", "--block", "8"]
-    done = subprocess.run([*torchrun, *words], env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run([*torchrun, *words], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert files("store") == files("whole")
     assert pt.open("store").result().equal(pt.open("whole").result())
@@ -116,15 +130,17 @@ def test_ray_with_a_killed_worker(start, run, files):
     psutil = pytest.importorskip("psutil")
     code, _, err = run(out="whole", **SLOWLY)
     assert code == 0, err
-    process = start("--engine", "ray", out="store", **SLOWLY)
-    wait_for("store", 1, process, seconds=120)
-    workers = []
-    while not workers and process.poll() is None:
-        children = psutil.Process(process.pid).children(recursive=True)
-        workers = [p for p in children if p.is_running() and "ray::_block" in " ".join(p.cmdline())]
-    assert workers, "no worker was found at work"
-    os.kill(workers[0].pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=180)
+    process = start("--engine", "ray", out="store", PAUSE="0.2", **SLOWLY)
+    wait_for("store", 1, process)
+    killed = False
+    while not killed and process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # (processes come and go)
+                if not killed and "ray::_block" in " ".join(child.cmdline()):
+                    child.kill()
+                    killed = True
+    assert killed, "no worker was found at work"
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert files("store") == files("whole") and lines("store") == 30
     threads = {entry.info["threads"] for entry in pt.open("store").entries.values()}

@@ -218,15 +218,64 @@ def test_a_result_that_is_not_the_sum_of_its_parts(tmp_path):
     assert verify(store.path).passed
 
 
-def test_what_killed_processes_left_aside_goes_when_its_block_is_whole(tmp_path):
+def left_aside(one, block=1):
+    """What a process leaves that is killed while it writes a block."""
+    left = one.path / f"jacobian/c/{block}/0/0.0123456789ab.partial"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_bytes(b"half")
+    return left
+
+
+def test_what_killed_processes_left_aside_goes_when_a_run_begins(tmp_path):
     one = job(tmp_path / "store")
     one.writer(Place(), False).close()
-    left = tmp_path / "store/jacobian/c/1/0/0.abc.partial"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"half")
+    left, kept = left_aside(one), one.path / "mine.partial"
+    kept.write_bytes(b"somebody's")
     assert "was left by a run" in str(verify(one.path))
-    jobs.local(one, Place(), resume=True)
+    one.writer(Place(), True).close()
+    assert not left.exists() and kept.exists()
+
+
+def test_what_a_worker_beside_writes_aside_stays_until_all_is_committed(tmp_path):
+    """A worker that comes later, or again, removes nothing while another is at work; the last to end does."""
+    one = job(tmp_path / "store")
+    first = one.writer(Place(0, 2), False)
+    left = left_aside(one)
+    jobs.local(one, Place(1, 2), resume=True)
+    assert left.exists()
+    first.close()
+    jobs.local(one, Place(0, 2), resume=True)
     assert not left.exists() and verify(one.path).remarks == []
+
+
+def test_nothing_is_removed_where_no_locks_tell_who_is_at_work(tmp_path, monkeypatch):
+    import errno
+    import fcntl
+
+    def none(descriptor, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    one = job(tmp_path / "store")
+    one.writer(Place(), False).close()
+    left = left_aside(one)
+    monkeypatch.setattr(fcntl, "flock", none)
+    jobs.local(one, Place(), resume=True)
+    assert left.exists() and "was left by a run" in str(verify(one.path))
+
+
+def test_a_writer_that_has_been_given_up_changes_nothing(tmp_path, files):
+    """As where a cluster thinks a worker dead that is not: what it wrote aside goes with the end of the run, and it is told so."""
+    one = job(tmp_path / "store")
+
+    def pieces():
+        yield b"of a worker "
+        jobs.local(one, Place(), resume=False)
+        yield b"that was given up"
+
+    place = one.path / "jacobian/c/1/0/0"
+    with pytest.raises(pt.StoreError, match="what was written aside is gone"):
+        durable.write(place, pieces())
+    assert verify(one.path).passed and not verify(one.path).remarks
 
 
 def test_every_new_folder_is_synced(tmp_path, monkeypatch):

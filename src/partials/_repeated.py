@@ -1,0 +1,246 @@
+"""Calls that were made before: the problem is not read from the call anew, and what its last run has shown is at hand.
+
+A call is known by what decides how it is read: code, options, and the form of every input; a module's tree and the flags of its
+parameters are compared one by one each time, since anybody may change them in between. Calls of other kinds are read every time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from operator import is_
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ._compat import has_hooks
+from ._modules import modules
+from ._output import per_sample_loss
+from ._problem import Problem, normalise
+from ._signature import Leaf
+from ._state import rounding
+from ._targets import Target
+from ._typing import Function, Tensor
+
+LIMIT, MISSES, PATIENCE = 256, 3, 4
+"""Calls that are remembered of functions, and of one module; runs that may leave their script, and one more for so many that keep to it."""
+READ_ONCE = {"in_dims": 0, "batched": True, "randomness": "error", "create_graph": False}
+"""Options, all but names, that a call must have to be remembered."""
+
+
+@dataclass(eq=False)
+class History:
+    """What runs of one call have shown."""
+
+    script: Any = None
+    """The script of the last run that was written down, where there is one to keep to."""
+    passed: Any = None
+    """The script, and the dtype, of which a first check is known to have passed."""
+    calls: int = 0
+    kept: int = 0
+    missed: int = 0
+    remarks: list[str] | None = None
+    """What a plan says of such a call, once it has been asked."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Methods that could not run, and why, where another one could."""
+    doubtful: bool = False
+    """Whether capture found samples in no order, which may mean that they mix."""
+    asked: int = 0
+    measured: dict[Hashable, tuple[float, float]] = field(default_factory=dict)
+    """Method -> bytes of a sample and of none, where there is a budget."""
+    bufferless: bool = False
+    """The module has no buffers that a run could write to."""
+    straight: bool = True
+    """f can be run on the user's own tensors as they are."""
+
+    def told(self) -> bool:
+        """Whether methods that have refused need not be asked this time: they are the second, fourth, eighth time."""
+        if not self.refused:
+            return False
+        self.asked += 1
+        return bool(self.asked & (self.asked - 1))
+
+    def due(self) -> bool:
+        """Whether this run is to be written down: not the first, and not where runs have differed time and history."""
+        self.calls += 1
+        return self.straight and self.calls > 1 and self.missed <= MISSES + self.kept // PATIENCE
+
+    def lost(self) -> None:
+        """A run has left the script."""
+        self.script, self.missed = None, self.missed + 1
+
+
+class Tree:
+    """A module's parts as they were: its root is not held."""
+
+    def __init__(self, root: nn.Module) -> None:
+        owners = modules(root)
+        self.below = owners[1:]
+        self.parts = [_parts(owner) for owner in owners]
+        self.parameters = [(p, p.requires_grad, p.shape) for _, parameters, _, _ in self.parts for p in parameters if p is not None]
+        self.bufferless = not any(owner._buffers for owner in owners)
+
+    @staticmethod
+    def readable(root: nn.Module) -> bool:
+        """Whether the parts are all there is: no module has its own idea of them, nothing changes gradients."""
+        plain = all(
+            type(owner).named_parameters is nn.Module.named_parameters
+            and type(owner).named_modules is nn.Module.named_modules
+            and all(
+                isinstance(owner.__dict__.get(name), dict) for name in ("_parameters", "_modules", "_buffers")
+            )  # (scripted ones differ)
+            for owner in modules(root)
+        )
+        return plain and not any(has_hooks(p) or p.grad_fn is not None for p in root.parameters())
+
+    def same(self, root: nn.Module) -> bool:
+        """Whether nothing has changed: the same objects by the same names in the same order."""
+        bufferless = self.bufferless
+        for owner, (names, parameters, children_names, children) in zip((root, *self.below), self.parts, strict=True):
+            own = owner.__dict__
+            now = own["_parameters"]
+            if (now or names) and not (tuple(now) == names and all(map(is_, now.values(), parameters))):
+                return False
+            now = own["_modules"]
+            if (now or children_names) and not (tuple(now) == children_names and all(map(is_, now.values(), children))):
+                return False
+            if bufferless and own["_buffers"]:
+                return False
+        for p, flag, shape in self.parameters:
+            if p.requires_grad is not flag or p.shape != shape or p._backward_hooks or p.grad_fn is not None:
+                return False
+        return True
+
+
+def _parts(owner: nn.Module) -> tuple[tuple[Any, ...], ...]:
+    own, children = owner._parameters, owner._modules
+    return tuple(own), tuple(own.values()), tuple(children), tuple(children.values())
+
+
+@dataclass(eq=False)
+class Known:
+    """A call as it was read: all but its tensors."""
+
+    attributes: dict[str, Any]
+    leaves: tuple[tuple[str, str, int, int | None], ...]
+    """(name, argument, position, sample dimension)."""
+    targets: tuple[tuple[str, int], ...]
+    """(name, position) of the arguments that are parameters, where there is no module."""
+    tree: Tree | None
+    history: History = field(default_factory=History)
+
+    def problem(self, f: Function, inputs: tuple[Any, ...], module: nn.Module | None) -> Problem:
+        """The problem of a call of the same kind."""
+        problem = object.__new__(Problem)
+        own = problem.__dict__
+        own |= self.attributes
+        own["function"], own["module"] = f, module
+        own["leaves"] = tuple([Leaf(name, argument, inputs[at], dim) for name, argument, at, dim in self.leaves])
+        if self.tree is None:
+            own["targets"] = own["parameters"] = tuple([Target(name, inputs[at], "parameter", name) for name, at in self.targets])
+        if "loss" in self.attributes["options"]:
+            own["args"], own["loss_target"] = inputs[:-1], inputs[-1]
+        else:
+            own["args"] = inputs
+        return problem
+
+
+_LOCK = threading.Lock()
+_OF_CODE: dict[Hashable, Known] = {}
+_OF_MODULES: WeakKeyDictionary[nn.Module, dict[Hashable, Known]] = WeakKeyDictionary()
+
+
+def problem_of(
+    f: Function, inputs: tuple[Any, ...], keywords: dict[str, Any], *, loss: Callable[..., Any] | None = None, **asked: Any
+) -> Problem:
+    """The problem of a call: `normalise` of it, or what that gave for such a call before."""
+    key, root = _key(f, inputs, keywords, loss, asked), _root(f, asked.get("params"))
+    known = None
+    if key is not None:
+        with _LOCK:
+            known = (_OF_CODE if root is None else _OF_MODULES.get(root, {})).get(key)
+        if known is not None and (known.tree is None or (root is not None and known.tree.same(root))):
+            return known.problem(f, inputs, root)
+    if loss is not None:
+        asked |= {"loss": per_sample_loss(loss, batched=asked.get("batched", True)), "has_target": True}
+    problem = normalise(f, inputs, keywords, **asked)
+    if key is not None:
+        _remember(key, root, problem, f, inputs)
+    return problem
+
+
+def forget() -> None:
+    """Read every call anew."""
+    with _LOCK:
+        _OF_CODE.clear()
+        _OF_MODULES.clear()
+
+
+def _root(f: Function, params: Any) -> nn.Module | None:
+    found = f if isinstance(f, nn.Module) else params
+    return found if isinstance(found, nn.Module) else None
+
+
+def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss: Any, asked: Mapping[str, Any]) -> Hashable | None:
+    """What decides how a call is read, but for the module; None where that is more than is looked at here."""
+    wrt, params, output = asked.get("wrt"), asked.get("params"), asked.get("output")
+    for name, value in READ_ONCE.items():
+        given = asked.get(name, value)
+        if given is not value:
+            return None
+    if keywords or not (wrt is None or type(wrt) is str) or not (output is None or type(output) in (str, int)):
+        return None
+    if isinstance(f, nn.Module):
+        if params is not None and params is not f:
+            return None
+        code: Any = getattr(f.forward, "__func__", None)
+    elif type(f) is FunctionType and (params is None or isinstance(params, nn.Module)):
+        code = None if hasattr(f, "__wrapped__") else f.__code__
+    else:
+        return None
+    if code is None or not (loss is None or type(loss) is FunctionType or type(loss) is type(len)):
+        return None
+    alone = params is None and not isinstance(f, nn.Module)
+    forms: list[Hashable] = [code, wrt, output, loss, params is None, asked.get("budget"), rounding()]
+    for t in inputs:
+        kind = type(t)
+        if kind is not Tensor and (kind is not nn.Parameter or not alone):
+            return None
+        needs = t.requires_grad
+        if needs and (not alone or t.grad_fn is not None or t._backward_hooks):
+            return None
+        if t.is_nested or t.is_inference():
+            return None
+        forms += (t.shape, t.dtype, t.device, t.layout, needs)
+    return tuple(forms) if len({*map(id, inputs)}) == len(inputs) else None
+
+
+def _remember(key: Hashable, root: nn.Module | None, problem: Problem, f: Function, inputs: tuple[Any, ...]) -> None:
+    """Keep how the call was read, where that holds for every call like it."""
+    places = {id(t): at for at, t in enumerate(inputs)}
+    usual = problem.function is f and problem.module is root
+    real = all(t.pairs_of is None and not t.tensor.is_inference() for t in problem.targets)
+    whole = all(id(leaf.tensor) in places for leaf in problem.leaves)
+    if not (usual and real and whole) or problem.inputs or (root is None and any(t.leaf is None for t in problem.targets)):
+        return
+    if root is not None and not Tree.readable(root):
+        return
+    tree = None if root is None else Tree(root)
+    problem.shapes, problem.parameters  # noqa: B018 (asked for once, for all calls)
+    attributes = {**vars(problem), "function": None, "module": None, "args": (), "leaves": (), "loss_target": None}
+    targets: tuple[tuple[str, int], ...] = ()
+    if tree is None:
+        targets = tuple((t.name, places[id(t.own)]) for t in problem.targets)
+        attributes |= {"targets": (), "parameters": ()}
+    leaves = tuple((leaf.name, leaf.argument, places[id(leaf.tensor)], leaf.dim) for leaf in problem.leaves)
+    history = History(bufferless=tree is None or tree.bufferless, straight=not problem.spared)
+    known = Known({**attributes, "history": history}, leaves, targets, tree, history)
+    problem.history = history
+    with _LOCK:
+        entries = _OF_CODE if root is None else _OF_MODULES.setdefault(root, {})
+        while len(entries) >= LIMIT:
+            del entries[next(iter(entries))]
+        entries[key] = known

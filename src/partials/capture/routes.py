@@ -1,0 +1,107 @@
+"""What decides, beside the course, where samples go: indices, and products with constants or with what was computed from the data.
+
+NOTE on constants. A product with a permutation matrix, or rows picked by an index of the user's, put the samples in an order that no
+course shows. So a constant beside samples in such an operation goes into the course, as the memory that it lies in and its version: a
+layout that was measured with one holds for that one only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from .._typing import Tensor
+from ..rules.elementwise import ENTRY_BY_ENTRY
+
+EXPANDS = {
+    torch.Tensor.expand,
+    torch.Tensor.expand_as,
+    torch.Tensor.repeat,
+    torch.broadcast_to,
+    torch.Tensor.broadcast_to,
+    torch.tile,
+    torch.Tensor.tile,
+}
+"""Operations that can give a parameter a sample dimension of its own: a class token expanded to the batch."""
+_OPERATORS = (type(torch.ops.aten.mm), type(torch.ops.aten.mm.default))
+"""Of `torch.ops`: overloads and their packets."""
+_NAMES = (
+    *("index_select", "gather", "take", "take_along_dim", "masked_select", "sort", "argsort", "topk", "nonzero", "argwhere"),
+    *("index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
+    *("index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter_"),
+    *("repeat_interleave", "tensor_split", "unique", "unique_consecutive", "numpy", "__array__"),
+)
+_ROUTES = frozenset(getattr(owner, name) for owner in (torch, torch.Tensor) for name in _NAMES if hasattr(owner, name))
+_PRODUCTS = ("mm", "mv", "matmul", "dot", "einsum", "linear", "conv", "inner", "kron", "solve", "lstsq", "embedding", "index", "take")
+_PICKS = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
+_SERIALS: dict[int, tuple[weakref.ref[Any], int]] = {}
+_NEXT = itertools.count(1)
+
+
+class Constant(NamedTuple):
+    """A constant as an entry of the course."""
+
+    serial: int
+    version: int
+    place: tuple[int, torch.Size, tuple[int, ...]]
+    """Offset, shape and stride."""
+
+
+@lru_cache(maxsize=4096)
+def routes(func: Any) -> bool:
+    """Whether data decide, by this operation, where samples go: a layout measured for some data is none for others."""
+    if isinstance(func, _OPERATORS):
+        space, _, name = str(func).partition(".")
+        return space not in ("aten", "prims") or name.partition(".")[0] in (*_NAMES, "index")  # (who knows what others' operations do)
+    return func in _ROUTES
+
+
+def by_data(index: Any) -> bool:
+    """Whether an index picks entries by a tensor or a list, not by numbers and slices alone."""
+    return any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,)))
+
+
+def picks(func: Any, args: Any) -> bool:
+    """Whether this is an index that picks entries by a tensor or a list."""
+    return func in _PICKS and by_data(args[1])
+
+
+@lru_cache(maxsize=4096)
+def multiplies(func: Any) -> bool:
+    """Whether values of one argument may decide where entries of another go: a product, or a pick."""
+    name = str(func).partition(".")[2] if isinstance(func, _OPERATORS) else getattr(func, "__name__", "")
+    return func not in ENTRY_BY_ENTRY and any(word in name for word in _PRODUCTS)
+
+
+def gains(constant: Tensor, samples: Iterable[Tensor], n: int) -> bool:
+    """Whether a constant broadcasts the samples along a dimension that could then hold them: times a one-hot matrix, say."""
+    shapes = [t.shape for t in samples]
+    for d, size in enumerate(reversed(constant.shape), 1):
+        if size > 1 and size % n == 0 and all(len(shape) < d or shape[-d] == 1 for shape in shapes):
+            return True
+    return False
+
+
+def constant(t: Tensor) -> Constant | None:
+    """The entry of a constant; None where its memory cannot be told from another's."""
+    try:
+        storage = t.untyped_storage()
+        version = 0 if t.is_inference() else t._version
+        place = (int(t.storage_offset()), t.shape, t.stride())
+    except (RuntimeError, NotImplementedError):  # (sparse, nested, or of a transform)
+        return None
+    reference, serial = _SERIALS.get(id(storage), (None, 0))
+    if reference is None or reference() is not storage:
+        key, serial = id(storage), next(_NEXT)
+        _SERIALS[key] = (weakref.ref(storage, lambda _: _forget(key, serial)), serial)
+    return Constant(serial, version, place)
+
+
+def _forget(key: int, serial: int) -> None:
+    if _SERIALS.get(key, (None, 0))[1] == serial:
+        _SERIALS.pop(key, None)
