@@ -279,11 +279,26 @@ def _joined(left: Outer, right: Outer, join: Join, products: int) -> Tensor:
 
 def _joined_by_pairs(left: Outer, right: Outer, join: Join) -> Tensor:
     n, d, s, groups, o = right.g.shape
+    if join is each and s < o:
+        return _each_by_dots(left, right)
     t, size, parts = left.a.shape[1], groups * (s + 2 * d * o) * right.g.element_size(), []
     for samples in in_chunks(n, t * size, left.g):
         mine, theirs = left._at(samples), right._at(samples)
         tiles = in_chunks(t, len(mine.g) * size, left.g)
         parts.append(reduce(torch.add, (join(mine.g[:, :, w], theirs._met(mine.a[:, w])) for w in tiles)))
+    return cat(parts)
+
+
+def _each_by_dots(left: Outer, right: Outer) -> Tensor:
+    """Sums over t and s of (a[n,t] . b[n,s]) (g[n,c,t] . h[n,c,s]), which are fewer numbers than b's cotangents at all t."""
+    (n, c, s, groups, _), t, parts = right.g.shape, left.a.shape[1], []
+    size = groups * s * (1 + 2 * c) * right.g.element_size()
+    for samples in in_chunks(n, t * size, left.g):
+        mine, theirs, sums = left._at(samples), right._at(samples), []
+        for w in in_chunks(t, len(mine.g) * size, left.g):
+            alike = torch.einsum("ntgi,nsgi->ngts", mine.a[:, w], theirs.a)
+            sums.append(each(torch.einsum("nctgo,ncsgo->ncgts", mine.g[:, :, w], theirs.g), alike.unsqueeze(1)))
+        parts.append(reduce(torch.add, sums))
     return cat(parts)
 
 

@@ -77,8 +77,9 @@ def choice(quantity: str, costs: Costs) -> str:
 def inner(rows: tuple[int, int, int], positions: tuple[int, int], weight: tuple[int, int, int], products: int, *, same: bool) -> Costs:
     """Inner products of the rows of two blocks within each of n samples: (n, c, d), (t, s), (g, i, o); `products` of c and d."""
     (n, c, d), (t, s), (g, i, o) = rows, positions, weight
+    wide = min(o, s) if products == c else o  # (what is formed for each position: its products, or the cotangents that it meets)
     return {
-        "pairs": _seconds(batched=n * g * t * s * (i + d * o), entries=n * g * t * (s + 2 * d * o + o * products), calls=5),
+        "pairs": _seconds(batched=n * g * t * s * (i + d * o), entries=n * g * t * (s + (2 * d + products) * wide), calls=5),
         "rows": _seconds(batched=n * g * (t * c + s * d * (not same)) * i * o, entries=n * g * i * o * (c + d + products), calls=5),
     }
 
