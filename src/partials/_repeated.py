@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from operator import is_
+from itertools import chain
+from operator import call, is_
 from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -74,11 +75,11 @@ class History:
 
 
 class Tree:
-    """A module's parts as they were: its root is not held."""
+    """A module's parts as they were. Modules are not held: one may lead back to the root, which would then never be let go."""
 
     def __init__(self, root: nn.Module) -> None:
         owners = modules(root)
-        self.below = owners[1:]
+        self.below = [ref(owner) for owner in owners[1:]]
         self.parts = [_parts(owner) for owner in owners]
         self.parameters = [(p, p.requires_grad, p.shape) for _, parameters, _, _ in self.parts for p in parameters if p is not None]
         self.bufferless = not any(owner._buffers for owner in owners)
@@ -86,26 +87,27 @@ class Tree:
     @staticmethod
     def readable(root: nn.Module) -> bool:
         """Whether the parts are all there is: no module has its own idea of them, nothing changes gradients."""
+        own = ("_parameters", "_modules", "_buffers")
         plain = all(
             type(owner).named_parameters is nn.Module.named_parameters
             and type(owner).named_modules is nn.Module.named_modules
-            and all(
-                isinstance(owner.__dict__.get(name), dict) for name in ("_parameters", "_modules", "_buffers")
-            )  # (scripted ones differ)
+            and all(isinstance(owner.__dict__.get(name), dict) for name in own)  # (scripted ones differ)
             for owner in modules(root)
         )
-        return plain and not any(has_hooks(p) or p.grad_fn is not None for p in root.parameters())
+        return plain and not any(_hooked(p) or p.grad_fn is not None for p in root.parameters())
 
     def same(self, root: nn.Module) -> bool:
         """Whether nothing has changed: the same objects by the same names in the same order."""
         bufferless = self.bufferless
-        for owner, (names, parameters, children_names, children) in zip((root, *self.below), self.parts, strict=True):
+        for owner, (names, parameters, children_names, children) in zip(chain((root,), map(call, self.below)), self.parts, strict=True):
+            if owner is None:
+                return False
             own = owner.__dict__
             now = own["_parameters"]
             if (now or names) and not (tuple(now) == names and all(map(is_, now.values(), parameters))):
                 return False
             now = own["_modules"]
-            if (now or children_names) and not (tuple(now) == children_names and all(map(is_, now.values(), children))):
+            if (now or children_names) and not (tuple(now) == children_names and tuple(map(id, now.values())) == children):
                 return False
             if bufferless and own["_buffers"]:
                 return False
@@ -116,8 +118,13 @@ class Tree:
 
 
 def _parts(owner: nn.Module) -> tuple[tuple[Any, ...], ...]:
+    """Names and values of its parameters, names and addresses of its modules (which are in use while those are alive)."""
     own, children = owner._parameters, owner._modules
-    return tuple(own), tuple(own.values()), tuple(children), tuple(children.values())
+    return tuple(own), tuple(own.values()), tuple(children), tuple(map(id, children.values()))
+
+
+def _hooked(p: Tensor) -> bool:
+    return has_hooks(p) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
 
 
 @dataclass(eq=False)
@@ -201,7 +208,7 @@ def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss
         code = None if hasattr(f, "__wrapped__") else f.__code__
     else:
         return None
-    if code is None or not (loss is None or type(loss) is FunctionType or type(loss) is type(len)):
+    if code is None or not (loss is None or type(loss) is type(len) or (type(loss) is FunctionType and not _holds(loss))):
         return None
     alone = params is None and not isinstance(f, nn.Module)
     forms: list[Hashable] = [code, wrt, output, loss, params is None, asked.get("budget"), rounding()]
@@ -216,6 +223,12 @@ def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss
             return None
         forms += (t.shape, t.dtype, t.device, t.layout, needs)
     return tuple(forms) if len({*map(id, inputs)}) == len(inputs) else None
+
+
+def _holds(function: FunctionType) -> bool:
+    """Whether a function holds values of its own, which must not be kept: they may lead to the module."""
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return bool(function.__closure__) or any(type(value) not in (int, float, str, bool, type(None)) for value in defaults)
 
 
 def _remember(key: Hashable, root: nn.Module | None, problem: Problem, f: Function, inputs: tuple[Any, ...]) -> None:
