@@ -15,13 +15,15 @@ from benchmarks.timing import ratio
 Figures = dict[str, Any]
 """Case -> what `measure` found."""
 
-MLP, CNN, FIELD, TRANSFORMER, LSTM, TEN = (
+MLP, CNN, FIELD, TRANSFORMER, LSTM, TEN, HUNDRED, ROWS = (
     "MLP 784-512-512-10, N=256",
     "tutorial CNN, N=64",
     "2-64-64-1 tanh, N=4096",
     "transformer d=128, T=64, N=64",
     "LSTM H=128, T=64, N=64",
     "MLP C=10, N=64",
+    "MLP C=100, N=64",
+    "table of 50 000 rows, N=32",
 )
 IN_STEPS = {
     "factors": {MLP: 0.8, CNN: 0.9, FIELD: 0.9, TRANSFORMER: 1.0, LSTM: 2.0},

@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-from benchmarks.bars import FIELD, LSTM, MLP, TRANSFORMER, Bar
+from benchmarks.bars import FIELD, HUNDRED, MLP, ROWS, TEN, TRANSFORMER, Bar
 
 CLOSE = (
     "What a reverse pass to the uses' outputs leaves out of a backward is one product of three for each layer but the first, so that 2/3"
     " of a step is the least; the rest is Python for each use and the fresh memory of the cotangents that are kept."
 )
 PRODUCTS = (
-    "The step is one backward of the sum of the outputs; a product with factors goes over C cotangents of each sample. Tried: one matrix"
-    " product in place of einsum for one column (three times as quick for the LSTM), products of transposed rows as one."
+    "Matrix products of v or u with the inputs are a third of a step; the cotangents are read once for a weight and its bias together,"
+    " and some 0.2 ms are Python. Tried: one matrix product in place of einsum, batches of rows times a matrix in place of a matrix times"
+    " a column (ten times as quick for C = 100), J^T u written to its place, the wider side of one multiplied first (LSTM: 0.59 to 0.4)."
+)
+TEN_OUTPUTS = (
+    "The three matrix products take 0.31 to 0.35 of this step, with one reading of the cotangents (2.6 MB) 0.40 (torch's linear and bmm"
+    " alone, nothing else); the rest, 0.2 to 0.3 ms, is Python for six blocks. Tried: a weight's and its bias' cotangent met once"
+    " (J v 0.74 to 0.58, J^T u 0.76 to 0.56), sizes and groups of blocks remembered."
+)
+HUNDRED_OUTPUTS = (
+    "The cotangents are 28.8 MB: one reading takes 0.27 of this step where they lie in the last cache (69 GB/s), 0.5 and more where they"
+    " do not; matrix products take 0.3 besides, so that 0.6 is the least. Tried: a weight's and its bias' cotangent met once, as batches"
+    " of a row times a matrix, without copies or temporaries (J v 2.9 to 1.0, J^T u 3.5 to 0.95)."
+)
+TABLE = (
+    "The result is 12.8 MB, of which 1024 rows are added to: zeroing it takes 0.1 ms where it lies in the last cache and 0.4 where it does"
+    " not, which is most of the step itself. Tried: zeroed once and written in place, where it was zeroed, copied and joined (1.25 to 0.6)."
 )
 REASONS: dict[tuple[str, str], str] = {
     ("factors", ""): CLOSE,
     ("norms", ""): CLOSE,
+    ("norms", TRANSFORMER): (
+        "The factors take 0.85 of a step, the norms of the eight weights used at 64 positions 0.23: pairs of positions, the products"
+        " of inputs and of cotangents each as one batch. Tried: rows formed and freed (1.1 to 2 times as long for each of the eight), pairs"
+        " that meet the cotangents first (1.3 times)."
+    ),
     (
         "factors",
         FIELD,
     ): "At 64 features the weight gradients that are left out are a small part of a step, the calls for a use are not.",
-    ("Gram", MLP): "Two products of N x N x features for each layer, of which three quarters are computed (the rest is mirrored).",
+    ("Gram", MLP): (
+        "The factors take 0.7 of a step. Two products of N x N x features for each layer, of which three quarters are computed (the rest is"
+        " mirrored), have 0.34 of a step's multiplications, so that 1.05 is the least. Tried: a bias' part is a one in its weight's (one"
+        " product of cotangents for both: 0.65 to 0.45 beyond the factors), strips of a half, a third, a quarter and an eighth of the rows."
+    ),
     (
         "clipped sum",
         "",
     ): "Factors and norms, then the weight gradients with the factors of clipping folded in: a third of a step more.",
     ("J v, given factors", ""): PRODUCTS,
     ("J^T u, given factors", ""): PRODUCTS,
-    ("J v, given factors", LSTM): "The cotangents lie in the order of time, the product with the inputs in that of the samples.",
+    ("J v, given factors", TEN): TEN_OUTPUTS,
+    ("J^T u, given factors", TEN): TEN_OUTPUTS,
+    ("J v, given factors", HUNDRED): HUNDRED_OUTPUTS,
+    ("J^T u, given factors", HUNDRED): HUNDRED_OUTPUTS,
+    ("J^T u, given factors", ROWS): TABLE,
     ("dense, fresh memory", TRANSFORMER): (
         "Nearly all of the time is page faults of the result. Blocks are written straight into one result of all parameters, peers leave"
         " one tensor for each; into memory that is there already (`out=`) the same rows take a part of it."

@@ -23,23 +23,9 @@ def squared_norms(blocks: tuple[Block, ...]) -> Tensor:
     return total.clamp_min(0) if len(blocks) > 1 else total
 
 
-def all_squared_norms(blocks: Blocks) -> Tensor:
-    return sum_of(squared_norms(group) for group in blocks.values())
-
-
 def pairs(function: Callable[[Block, Block], Tensor], left: Blocks, right: Blocks) -> Tensor:
     """The sum of `function` over all pairs of blocks that belong to one parameter: Gram matrices and inner products."""
     return sum_of(function(a, b) for name in left for a in left[name] for b in right[name])
-
-
-def matmul(blocks: Blocks, v: Mapping[str, Tensor]) -> Tensor:
-    """J v: {name: (*shape, k)} -> (N, C, k)."""
-    return sum_of(block.matmul(v[name]) for name, group in blocks.items() for block in group)
-
-
-def rmatmul(blocks: Blocks, u: Tensor) -> dict[str, Tensor]:
-    """J^T u: (N, C, k) -> {name: (*shape, k)}."""
-    return {name: sum_of([block.rmatmul(u) for block in group]) for name, group in blocks.items()}
 
 
 def weighted_sum(blocks: Blocks, weights: Tensor) -> dict[str, Tensor]:

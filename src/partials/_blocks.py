@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from typing import Literal
 
 import torch
 
@@ -28,6 +29,11 @@ class Block(ABC):
     @abstractmethod
     def rows(self) -> tuple[int, int]:
         """(N, C)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of dense rows."""
+        return self.select(torch.arange(0)).dense().dtype
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -56,8 +62,14 @@ class Block(ABC):
 
     def rmatmul(self, u: Tensor) -> Tensor:
         """J^T u: (N, C, k) -> (*shape, k)."""
-        flat = self._flat().flatten(0, 1)
-        return (flat.T @ u.flatten(0, 1).to(flat.dtype)).reshape(*self.shape, u.shape[-1])
+        flat, u = self._flat(), u.to(self.dtype)
+        if not flat.is_contiguous() and flat.transpose(0, 1).is_contiguous():  # (rows in the order in which they lie)
+            flat, u = flat.transpose(0, 1), u.transpose(0, 1)
+        return (flat.flatten(0, 1).T @ u.flatten(0, 1)).reshape(*self.shape, u.shape[-1])
+
+    def rmatmul_into(self, out: Tensor, u: Tensor) -> None:
+        """Write J^T u into `out`, (*shape, k)."""
+        out.copy_(self.rmatmul(u))
 
     def squared_norms(self) -> Tensor:
         """|J[n, c]|^2: (N, C)."""
@@ -142,8 +154,38 @@ class Block(ABC):
         return torch.cat([function(self.select(piece), *(other.select(piece) for other in others)) for piece in pieces])
 
 
+class Factored(Block):
+    """A block whose rows are linear in a cotangent, (N, C, *features): other blocks may keep the same one (a weight and its bias do)."""
+
+    @property
+    @abstractmethod
+    def cotangent(self) -> Tensor:
+        """(N, C, *features)."""
+
+    @abstractmethod
+    def through(self, k: int) -> bool:
+        """Do J v and J^T u with k columns go through it as it is?"""
+
+    @abstractmethod
+    def met(self, v: Tensor, besides: Tensor | None = None) -> Tensor:
+        """What the cotangent meets in J v: (*shape, k) -> (N or 1, *features, k); added to what it meets `besides`, of the same shape."""
+
+    @abstractmethod
+    def pulled(self, folded: Tensor) -> Tensor:
+        """J^T u, of the cotangent into which u is folded: (N, *features, k) -> (*shape, k)."""
+
+    @property
+    @abstractmethod
+    def once(self) -> Tensor | Literal[1] | None:
+        """Where a row is cotangent (x) a: a, (N, I), or 1 where it is the cotangent; None where it is a sum of such."""
+
+    def pulled_into(self, out: Tensor, folded: Tensor) -> None:
+        """The same, into `out`."""
+        out.copy_(self.pulled(folded))
+
+
 @dataclass(frozen=True)
-class Dense(Block):
+class Dense(Factored):
     """The rows themselves: `values` of shape (N, C, *shape)."""
 
     values: Tensor
@@ -156,8 +198,30 @@ class Dense(Block):
     def rows(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
     def dense(self) -> Tensor:
         return self.values
+
+    @property
+    def cotangent(self) -> Tensor:
+        return self.values
+
+    def through(self, k: int) -> bool:
+        return True
+
+    def met(self, v: Tensor, besides: Tensor | None = None) -> Tensor:
+        v = v.to(self.dtype).unsqueeze(0)
+        return v if besides is None else v + besides
+
+    def pulled(self, folded: Tensor) -> Tensor:
+        return folded.sum(0)
+
+    @property
+    def once(self) -> Literal[1]:
+        return 1
 
     def gram(self, other: Block) -> Tensor:
         if not isinstance(other, Dense):

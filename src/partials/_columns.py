@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -19,9 +20,13 @@ class Columns:
     shapes: Mapping[str, Shape]
     aliases: Mapping[str, str]
 
-    @property
+    @cached_property
+    def sizes(self) -> list[int]:
+        return [size_of(shape) for shape in self.shapes.values()]
+
+    @cached_property
     def width(self) -> int:
-        return sum(size_of(shape) for shape in self.shapes.values())
+        return sum(self.sizes)
 
     def name(self, name: str) -> str:
         """The first name of a parameter, also for an alias; KeyError with near names otherwise."""
@@ -40,11 +45,9 @@ class Columns:
                 expected=f"{self.width} entries along dimension {lead}",
                 hint="a dict by name",
             )
-        parts = flat.split([size_of(shape) for shape in self.shapes.values()], lead)
-        return {
-            name: part.reshape((*flat.shape[:lead], *shape, *flat.shape[lead + 1 :]))
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        before, after = flat.shape[:lead], flat.shape[lead + 1 :]
+        parts = zip(self.shapes.items(), flat.split(self.sizes, lead), strict=True)
+        return {name: part.reshape(before + shape + after) for (name, shape), part in parts}
 
     def join(self, parts: Mapping[str, Tensor], lead: int) -> Tensor:
         """{name: (..., *shape, rest)} with `lead` dimensions before the parameter's -> (..., P, rest)."""

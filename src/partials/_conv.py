@@ -47,6 +47,10 @@ class Conv(Block):
     def rows(self) -> tuple[int, int]:
         return self.g.shape[0], self.g.shape[1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.g.dtype
+
     def dense(self) -> Tensor:
         """The rows: one product for each offset along the kernel's first dimension."""
         if self.transposed or _formulas.choice("dense", self._costs()[1]) == "patches":

@@ -15,9 +15,9 @@ from typing import Literal, TypeAlias, TypeGuard, final
 import torch
 
 from . import _formulas, _room
-from ._blocks import Block
+from ._blocks import Block, Factored
 from ._gather import Gather, across, cat, contracted, each, folded, in_chunks, in_tiles, lookup, mix, own, widest
-from ._products import rows_by_rows
+from ._products import dots, rows_by_rows, tracked
 from ._typing import Shape, Tensor
 
 Layout: TypeAlias = Literal["oi", "io"]
@@ -26,7 +26,7 @@ Join: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 @final
 @dataclass(frozen=True, eq=False)
-class Outer(Block):
+class Outer(Factored):
     """J[n, c] = sum_t g[n, c, t] (x) a[n, t], in each of G groups, of a weight stored as (G, O, I), "oi", or as (G, I, O), "io".
 
     Norms, inner products and Grams of half-precision factors are computed and returned in float32; the rest keeps their dtype.
@@ -44,6 +44,10 @@ class Outer(Block):
     def rows(self) -> tuple[int, int]:
         return self.g.shape[0], self.g.shape[1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.g.dtype
+
     def select(self, index: Tensor) -> Outer:
         return replace(self, a=self.a.index_select(0, index), g=self.g.index_select(0, index))
 
@@ -55,7 +59,7 @@ class Outer(Block):
 
     def write(self, out: Tensor, *, add: bool = False) -> None:
         target = out.view(*self.rows, *self._stored)
-        if self.a.shape[1] == 1 and out.dtype == self.g.dtype and not _tracked(self.a, self.g, out):
+        if self.a.shape[1] == 1 and out.dtype == self.g.dtype and not tracked(self.a, self.g, out):
             left, right = self._sides()
             target.addcmul_(left, right) if add else torch.mul(left, right, out=target)
             return
@@ -67,15 +71,63 @@ class Outer(Block):
         k, v = v.shape[-1], v.to(self.g.dtype)
         if self._forms_for(k):
             return cat([rows.flatten(2) @ v.reshape(prod(self._stored), k) for _, rows in self._formed_in_chunks()])
-        v = v.reshape(*self._stored, k)
-        return cat([self._applied(v[..., columns]) for columns in self._columns(k)], -1)
+        block = self._narrow()
+        return cat([contracted(block.g, block.met(v[..., columns])) for columns in block._columns(k)], -1)
 
     def rmatmul(self, u: Tensor) -> Tensor:
         k, u = u.shape[-1], u.to(self.g.dtype)
         if self._forms_for(k):
             parts = (rows.flatten(2).flatten(0, 1).T @ u[s].flatten(0, 1) for s, rows in self._formed_in_chunks())
             return reduce(torch.add, parts).view(*self.shape, k)
-        return cat([self._pulled(u[..., columns]) for columns in self._columns(k)], -1).reshape(*self.shape, k)
+        block = self._narrow()
+        return cat([block.pulled(folded(block.g, u[..., columns])) for columns in block._columns(k)], -1)
+
+    def rmatmul_into(self, out: Tensor, u: Tensor) -> None:
+        if u.shape[-1] != 1 or self._forms_for(1):
+            super().rmatmul_into(out, u)
+            return
+        block = self._narrow()
+        block.pulled_into(out, folded(block.g, u.to(self.dtype)))
+
+    @property
+    def cotangent(self) -> Tensor:
+        return self.g
+
+    def through(self, k: int) -> bool:
+        return self._narrow() is self and not self._forms_for(k)
+
+    def met(self, v: Tensor, besides: Tensor | None = None) -> Tensor:
+        (n, t, groups, _), o, k = self.a.shape, self.g.shape[4], v.shape[-1]
+        v = v.to(self.dtype).reshape(*self._stored, k)
+        if groups > 1:
+            found = torch.einsum(f"ntgi,g{self.layout}k->ntgok", self.a, v)
+            return found if besides is None else found + besides
+        late, matrix = _positions_first(self.a), v.squeeze(0)
+        matrix = (matrix if self.layout == "io" else matrix.transpose(0, 1)).flatten(1)
+        rows = _lined(self.a.flatten(2), late)
+        if besides is not None and t == 1:
+            return torch.addmm(besides.reshape(-1, o * k), rows, matrix).view(n, t, 1, o, k)
+        found = rows @ matrix
+        found = found.view(t, n, 1, o, k).transpose(0, 1) if late else found.view(n, t, 1, o, k)
+        return found if besides is None else found + besides
+
+    def pulled(self, folded: Tensor) -> Tensor:
+        k = folded.shape[-1]
+        if self.a.shape[2] * k == 1:
+            left, right = self._lined_with(folded)
+            return (left.T @ right).reshape(*self.shape, 1)
+        return torch.einsum(f"ntgok,ntgi->g{self.layout}k", folded, self.a).reshape(*self.shape, k)
+
+    def pulled_into(self, out: Tensor, folded: Tensor) -> None:
+        if self.a.shape[2] * folded.shape[-1] != 1 or out.dtype != self.dtype or not out.is_contiguous():
+            super().pulled_into(out, folded)
+            return
+        left, right = self._lined_with(folded)
+        torch.mm(left.T, right, out=out.view(left.shape[1], right.shape[1]))
+
+    @property
+    def once(self) -> Tensor | None:
+        return self.a[:, 0, 0] if self.a.shape[1] == self.a.shape[2] == 1 else None
 
     def squared_norms(self) -> Tensor:
         return self.inner(self)
@@ -87,8 +139,8 @@ class Outer(Block):
             return super().inner(other)
         left, right = _widened(self, other)
         if left.a.shape[1] == right.a.shape[1] == 1:
-            alike = _dots(left.a, right.a)  # (N, 1, G)
-            return (alike * _dots(left.g, right.g).squeeze(2)).sum(-1)
+            alike = dots(left.a, right.a)  # (N, 1, G)
+            return (alike * dots(left.g, right.g).squeeze(2)).sum(-1)
         return _joined(left, right, each, left.rows[1])
 
     def own_gram(self, other: Block) -> Tensor:
@@ -179,19 +231,18 @@ class Outer(Block):
         n, _, t, groups, o = self.g.shape
         return in_chunks(k, n * t * groups * o * self.g.element_size(), self.g)
 
-    def _applied(self, v: Tensor) -> Tensor:
-        """J v by v a: (*stored, k) to (N, C, k)."""
-        seen = torch.einsum(f"ntgi,g{self.layout}k->ntgok", self.a, v)
-        return contracted(self.g, seen)
+    def _narrow(self) -> Outer:
+        """The same block; with one output the two sides play the same part, and the wider one is to be the one that is met first."""
+        if self.rows[1] > 1 or self.a.shape[3] >= self.g.shape[4]:
+            return self
+        return Outer(self.g[:, 0], self.a.unsqueeze(1), self.shape, "io" if self.layout == "oi" else "oi")
 
-    def _pulled(self, u: Tensor) -> Tensor:
-        """J^T u by u g: (N, C, k) to (*stored, k)."""
-        (n, t, groups, i), o = self.a.shape, self.g.shape[4]
-        if groups * u.shape[-1] == 1 and not _tracked(self.a, self.g, u):  # (einsum takes three times as long)
-            left, right = folded(self.g, u).reshape(n * t, o), self.a.reshape(n * t, i)
-            left, right = (left, right) if self.layout == "oi" else (right, left)
-            return (left.T @ right).view(*self._stored, 1)
-        return torch.einsum(f"ntgok,ntgi->g{self.layout}k", folded(self.g, u), self.a)
+    def _lined_with(self, folded: Tensor) -> tuple[Tensor, Tensor]:
+        """T x N rows of folded cotangents (N, T, 1, O, 1) and of inputs, in the order in which the more of them lie; as they are stored."""
+        g, a = folded.flatten(2), self.a.flatten(2)
+        late = _positions_first(g if g.numel() > a.numel() else a)
+        left, right = _lined(g, late), _lined(a, late)
+        return (left, right) if self.layout == "oi" else (right, left)
 
     def _met(self, a: Tensor) -> Tensor:
         """Each sample's J applied to inputs (N, T, G, I) of its own: (N, C, T, G, O)."""
@@ -228,11 +279,26 @@ def _joined(left: Outer, right: Outer, join: Join, products: int) -> Tensor:
 
 def _joined_by_pairs(left: Outer, right: Outer, join: Join) -> Tensor:
     n, d, s, groups, o = right.g.shape
+    if join is each and s < o:
+        return _each_by_dots(left, right)
     t, size, parts = left.a.shape[1], groups * (s + 2 * d * o) * right.g.element_size(), []
     for samples in in_chunks(n, t * size, left.g):
         mine, theirs = left._at(samples), right._at(samples)
         tiles = in_chunks(t, len(mine.g) * size, left.g)
         parts.append(reduce(torch.add, (join(mine.g[:, :, w], theirs._met(mine.a[:, w])) for w in tiles)))
+    return cat(parts)
+
+
+def _each_by_dots(left: Outer, right: Outer) -> Tensor:
+    """Sums over t and s of (a[n,t] . b[n,s]) (g[n,c,t] . h[n,c,s]), which are fewer numbers than b's cotangents at all t."""
+    (n, c, s, groups, _), t, parts = right.g.shape, left.a.shape[1], []
+    size = groups * s * (1 + 2 * c) * right.g.element_size()
+    for samples in in_chunks(n, t * size, left.g):
+        mine, theirs, sums = left._at(samples), right._at(samples), []
+        for w in in_chunks(t, len(mine.g) * size, left.g):
+            alike = torch.einsum("ntgi,nsgi->ngts", mine.a[:, w], theirs.a)
+            sums.append(each(torch.einsum("nctgo,ncsgo->ncgts", mine.g[:, :, w], theirs.g), alike.unsqueeze(1)))
+        parts.append(reduce(torch.add, sums))
     return cat(parts)
 
 
@@ -307,13 +373,11 @@ def _widened(left: Outer, right: Outer) -> tuple[Outer, Outer]:
     return wide, wide if right is left else replace(right, a=b, g=h)
 
 
-def _dots(x: Tensor, y: Tensor) -> Tensor:
-    """x.y over the last dimension; |x|^2 in one pass where no gradient is wanted and few enough are summed for its plain order."""
-    if x is y and x.shape[-1] <= 4096 and not _tracked(x):
-        norms: Tensor = torch.linalg.vector_norm(x, dim=-1)
-        return norms.square()
-    return (x * y).sum(-1)
+def _positions_first(x: Tensor) -> bool:
+    """Does (N, T, ...) lie as (T, N, ...)?"""
+    return x.shape[1] > 1 and x.stride(1) > x.stride(0)
 
 
-def _tracked(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _lined(x: Tensor, late: bool) -> Tensor:
+    """(N, T, I) as N T rows, or as T N where samples come late."""
+    return (x.transpose(0, 1) if late else x).flatten(0, 1)

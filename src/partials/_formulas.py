@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 
 from ._constants import BATCHED, CALL, ENTRY, PRODUCT
 from ._errors import InputError, near
@@ -76,8 +77,9 @@ def choice(quantity: str, costs: Costs) -> str:
 def inner(rows: tuple[int, int, int], positions: tuple[int, int], weight: tuple[int, int, int], products: int, *, same: bool) -> Costs:
     """Inner products of the rows of two blocks within each of n samples: (n, c, d), (t, s), (g, i, o); `products` of c and d."""
     (n, c, d), (t, s), (g, i, o) = rows, positions, weight
+    wide = min(o, s) if products == c else o  # (what is formed for each position: its products, or the cotangents that it meets)
     return {
-        "pairs": _seconds(batched=n * g * t * s * (i + d * o), entries=n * g * t * (s + 2 * d * o + o * products), calls=5),
+        "pairs": _seconds(batched=n * g * t * s * (i + d * o), entries=n * g * t * (s + (2 * d + products) * wide), calls=5),
         "rows": _seconds(batched=n * g * (t * c + s * d * (not same)) * i * o, entries=n * g * i * o * (c + d + products), calls=5),
     }
 
@@ -102,6 +104,7 @@ def pairs_of(rows: tuple[int, int, int, int], positions: tuple[int, int], weight
     return _seconds(batched=work, entries=n * m * g * t * (s + 2 * d * o), calls=8)
 
 
+@lru_cache(maxsize=4096)
 def products(rows: tuple[int, int], t: int, weight: tuple[int, int, int], k: int) -> Costs:
     """J v or J^T u with k columns: (n, c), t, (g, i, o)."""
     (n, c), (g, i, o) = rows, weight

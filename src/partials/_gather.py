@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce, singledispatch
+from itertools import pairwise
 from math import isqrt
 from typing import final
 
@@ -17,7 +18,7 @@ from torch.nn.functional import embedding, pad
 
 from . import _room
 from ._blocks import Block, Dense, size_of
-from ._products import rows_by_rows
+from ._products import PLAIN, rows_by_rows
 from ._typing import Shape, Tensor
 
 VISIT, CALL = 32, 5_000_000
@@ -42,6 +43,10 @@ class Gather(Block):
     @property
     def rows(self) -> tuple[int, int]:
         return self.g.shape[0], self.g.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.g.dtype
 
     def select(self, index: Tensor) -> Gather:
         return replace(self, index=self.index.index_select(0, index), g=self.g.index_select(0, index))
@@ -68,6 +73,14 @@ class Gather(Block):
         chunks = in_chunks(u.shape[-1], g[:, :1].nbytes, g)
         parts = (folded(g, u[..., columns]) for columns in chunks)  # (N, T, E, k)
         return cat([_summed(part.flatten(2), index, self.shape[0]).view(*self.shape, -1) for part in parts], -1)
+
+    def rmatmul_into(self, out: Tensor, u: Tensor) -> None:
+        if u.shape[-1] != 1 or out.dtype != self.g.dtype or not out.is_contiguous():
+            super().rmatmul_into(out, u)
+            return
+        index, g = self._kept()
+        rows = folded(g, u.to(g.dtype)).reshape(-1, self.shape[1])
+        out.zero_().view(self.shape).index_add_(0, index.reshape(-1), rows)
 
     def squared_norms(self) -> Tensor:
         chunks = in_chunks(len(self.g), 2 * self.g[:1].nbytes, self.g)
@@ -239,7 +252,8 @@ def cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 def each(left: Tensor, right: Tensor) -> Tensor:
     """Inner products of rows (N, C, ...) with rows (N, C, ...): (N, C)."""
-    return (left * right).flatten(2).sum(-1)
+    product = left * right
+    return product.sum(tuple(range(2, product.ndim)))
 
 
 def own(left: Tensor, right: Tensor) -> Tensor:
@@ -259,20 +273,33 @@ def across(left: Tensor, right: Tensor) -> Tensor:
 
 def contracted(g: Tensor, seen: Tensor) -> Tensor:
     """(N, C, ...) with (N, ..., k) to (N, C, k)."""
-    if seen.shape[-1] != 1:
-        return g.flatten(2) @ seen.flatten(1, -2)
-    seen = seen.squeeze(-1).unsqueeze(1)  # batches of matrix times vector are slow
-    return cat([each(g[s], seen[s]) for s in in_chunks(len(g), g[:1].nbytes, g)]).unsqueeze(-1)
+    c, k = g.shape[1], seen.shape[-1]
+    if c * k == 1 and g.shape[2:].numel() > PLAIN:
+        seen = seen.squeeze(-1).unsqueeze(1)
+        return cat([each(g[s], seen[s]) for s in in_chunks(len(g), g[:1].nbytes, g)]).unsqueeze(-1)
+    few = k == 1 or c >= 3 * k  # batches of a few rows times a matrix run at the speed of memory, of a matrix times a few columns do not
+    views = _in_views(g)
+    met = (seen,) if len(views) == 1 else seen.unbind(1)
+    return reduce(torch.add, (_met(mine, its.flatten(1, -2), few) for mine, its in zip(views, met, strict=True)))
+
+
+def _met(g: Tensor, seen: Tensor, few: bool) -> Tensor:
+    return (seen.mT @ g.mT).mT if few else g @ seen
 
 
 def folded(g: Tensor, u: Tensor) -> Tensor:
     """(N, C, ...) with (N, C, k) to (N, ..., k)."""
-    if u.shape[-1] != 1:
-        return (g.flatten(2).mT @ u).view(g.shape[:1] + g.shape[2:] + u.shape[2:])
-    u = u.reshape(u.shape[:2] + (1,) * (g.dim() - 2))
-    if g.shape[1] == 1:
-        return (g * u).squeeze(1).unsqueeze(-1)
-    return cat([(g[s] * u[s]).sum(1) for s in in_chunks(len(g), g[:1].nbytes, g)]).unsqueeze(-1)
+    if g.shape[1] * u.shape[-1] == 1:
+        return (g * u.reshape(u.shape[:2] + (1,) * (g.dim() - 2))).squeeze(1).unsqueeze(-1)
+    return cat([u.mT @ mine for mine in _in_views(g)], 2).mT.unflatten(1, g.shape[2:])
+
+
+def _in_views(g: Tensor) -> list[Tensor]:
+    """(N, C, all features), where they are flattened without a copy, or those of one position after the other."""
+    places = [(size, stride) for size, stride in zip(g.shape[2:], g.stride()[2:], strict=True) if size != 1]
+    if not g.numel() or all(stride == after[0] * after[1] for (_, stride), after in pairwise(places)):
+        return [g.flatten(2)]
+    return [mine.flatten(2) for mine in g.unbind(2)]
 
 
 def mix(matrix: Tensor, g: Tensor) -> Tensor:

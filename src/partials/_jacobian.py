@@ -19,6 +19,7 @@ from ._scipy import linear_operator
 from ._sketch import sketch
 from ._solve import Curvature, How, least_squares
 from ._stack import Stack
+from ._sums import Sums
 from ._typing import ByName, Shape, Tensor
 from ._wide import wide
 
@@ -72,7 +73,7 @@ class Jacobian(AbstractJacobian):
         """J v: (P,), (P, k) or tensors by name -> (N, *out) or (N, *out, k)."""
         parts, columns = self.columns.vector(v)
         with self._reading():
-            found = self._fold(_algebra.matmul(self.blocks, parts))
+            found = self._fold(self._sums.matmul(parts))
         return found if columns else found.squeeze(-1)
 
     @property
@@ -87,7 +88,7 @@ class Jacobian(AbstractJacobian):
         columns = u.ndim == len(self._lead) + 1
         self._expect("u", u.shape[:-1] if columns else u.shape, self._lead)
         with self._reading():
-            found = self.columns.join(_algebra.rmatmul(self.blocks, u.reshape(*self._flat, u.shape[-1] if columns else 1)), 0)
+            found = self._sums.rmatmul(u.reshape(*self._flat, u.shape[-1] if columns else 1))
         return found if columns else found.squeeze(-1)
 
     def gram(self, other: Jacobian | None = None) -> Tensor:
@@ -98,7 +99,7 @@ class Jacobian(AbstractJacobian):
             return _pieces.gram(self, right)
         self._demand((*self._lead, *right._lead), self.dtype)
         with self._reading(), right._reading():
-            found = _algebra.pairs(lambda a, b: a.gram(b), self.blocks, right.blocks)
+            found = self._sums.gram(right._sums)
             return found.reshape((*self._lead, *right._lead))
 
     @added("weights", outputs=True)
@@ -219,9 +220,11 @@ class Jacobian(AbstractJacobian):
             # (a scalar factor for each sample folds into the cotangent: one product per parameter)
             norms = {name: square.clamp_min(0).sqrt() for name, square in squares.items()}
             factors = {name: (bounds[name] / (norm + epsilon)).clamp(max=1).unsqueeze(-1) for name, norm in norms.items()}
-            parts = {name: _algebra.sum_of([block.rmatmul(factors[name]) for block in group]) for name, group in self.blocks.items()}
-            clipped = self.columns.join(parts, 0).squeeze(-1)
-        return clipped, {name: norm.squeeze(1) for name, norm in norms.items()}
+            if per == "all":
+                clipped = self._sums.rmatmul(factors[self.names[0]])
+            else:
+                clipped = torch.cat([Sums({name: group}, self.attached).rmatmul(factors[name]) for name, group in self.blocks.items()])
+        return clipped.squeeze(-1), {name: norm.squeeze(1) for name, norm in norms.items()}
 
     @joined()
     def sketch(self, k: int, kind: str = "gaussian", seed: int = 0) -> Tensor:

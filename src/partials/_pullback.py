@@ -33,6 +33,10 @@ class Placed(Block):
     def rows(self) -> tuple[int, int]:
         return self.view.rows
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.view.dtype
+
     def dense(self) -> Tensor:
         flat = self.view._flat()
         return flat.new_zeros(*self.rows, size_of(self.shape)).index_copy(2, self.index, flat).reshape(*self.rows, *self.shape)
@@ -126,6 +130,10 @@ class Pullback(Block):
     @property
     def rows(self) -> tuple[int, int]:
         return self.inner_block.rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
 
     def dense(self) -> Tensor:
         rows = self.inner_block.dense()

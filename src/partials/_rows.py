@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
@@ -20,6 +21,7 @@ from ._moved import moved, same_place
 from ._pieces import Pieces, joined
 from ._plan import LARGE, Plan, human_bytes
 from ._state import arithmetic
+from ._sums import Sums
 from ._typing import ByName, Shape, Tensor
 
 if TYPE_CHECKING:
@@ -139,14 +141,14 @@ class AbstractJacobian(ABC):
         """The norm of every row over all parameters together: (N, *out)."""
         with self._reading():
             if ord == 2:
-                return self._fold(_root(_algebra.all_squared_norms(self.blocks)))
+                return self._fold(_root(self._sums.squared_norms()))
             return self._fold(_algebra.other_norms(self.blocks, ord))
 
     @joined(outputs=False)
     def gram_blocks(self) -> Tensor:
         """Each sample's own block of J J^T: (N, *out, *out)."""
         with self._reading():
-            found = _algebra.pairs(lambda a, b: a.own_gram(b), self.blocks, self.blocks)
+            found = self._sums.own_gram()
             return found.reshape((*self._lead, *self.out))
 
     def unflatten(self, t: Tensor) -> ByName:
@@ -211,12 +213,16 @@ class AbstractJacobian(ABC):
         """(N, C, ...) -> (N, *out, ...)."""
         return t.reshape((*self._lead, *t.shape[2:]))
 
+    @cached_property
+    def _sums(self) -> Sums:
+        return Sums(self.blocks, self.attached)
+
     def _dtype_of_rows(self) -> torch.dtype:
         if self.pieces is not None:
             return self.pieces.dtype()
         found = self.dtype
         for group in self.blocks.values():
-            found = torch.promote_types(found, group[0].select(torch.arange(0)).dense().dtype)
+            found = torch.promote_types(found, group[0].dtype)
         return found
 
     @joined()

@@ -18,6 +18,7 @@ from .._algebra import Blocks
 from .._problem import Problem
 from .._reference import doubled
 from .._state import drawn_from
+from .._sums import Sums
 from .._targets import Target
 from .._typing import Tensor
 from .call import in_short
@@ -91,7 +92,7 @@ def _along(problem: Problem, target: Target, blocks: Blocks, v: Tensor) -> Tenso
     """J v, (N, C); v has the target's own shape."""
     with torch.no_grad():
         if target.kind == "parameter" or not problem.batched:
-            return _algebra.matmul({target.name: blocks[target.name]}, {target.name: v.unsqueeze(-1)}).squeeze(-1)
+            return Sums({target.name: blocks[target.name]}).matmul({target.name: v.unsqueeze(-1)}).squeeze(-1)
         rows = _algebra.rows(blocks[target.name]).flatten(2)
         return torch.einsum("ncp,np->nc", rows, v.movedim(problem.dim_of(target), 0).flatten(1))
 

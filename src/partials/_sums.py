@@ -1,0 +1,179 @@
+"""Sums over parameters, where several keep one cotangent (a weight and its bias, both weights of a recurrent layer): it is met once.
+
+J v is <g, V a + b> for all blocks that keep g. With one position a row's parts are g (x) a and g (x) 1, so that a norm or an inner product
+is that of the cotangents times the sum of those of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from math import prod
+
+import torch
+
+from ._algebra import Blocks, pairs, squared_norms, sum_of
+from ._blocks import Block, Factored, size_of
+from ._gather import across, cat, contracted, folded, in_chunks, own, widest
+from ._products import dots, rows_by_rows
+from ._typing import Tensor
+
+Members = list[tuple[str, Factored]]
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """The blocks of a Jacobian, and those quantities of them that are sums over parameters."""
+
+    blocks: Blocks
+    attached: bool = False
+    """Results carry a graph: each block by itself."""
+
+    def matmul(self, v: Mapping[str, Tensor]) -> Tensor:
+        """J v: {name: (*shape, k)} -> (N, C, k)."""
+        alone, together = self._for(next(iter(v.values())).shape[-1])
+        return sum_of([*(block.matmul(v[name]) for name, block in alone), *(_met(members, v) for members in together)])
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        """J^T u: (N, C, k) -> (P, k), each parameter's part written to its place."""
+        k, sizes = u.shape[-1], [size_of(group[0].shape) for group in self.blocks.values()]
+        if self.attached:
+            parts = [sum_of([block.rmatmul(u) for block in group]) for group in self.blocks.values()]
+            return torch.cat([part.reshape(size, k) for part, size in zip(parts, sizes, strict=True)])
+        dtype = reduce(torch.promote_types, {block.dtype for group in self.blocks.values() for block in group})
+        flat = u.new_empty(sum(sizes), k, dtype=dtype)
+        out = {name: part.view(*self.blocks[name][0].shape, k) for name, part in zip(self.blocks, flat.split(sizes), strict=True)}
+        alone, together = self._for(k)
+        written: set[str] = set()
+        for name, block in alone:
+            if name in written:
+                out[name].add_(block.rmatmul(u))
+            else:
+                block.rmatmul_into(out[name], u)
+                written.add(name)
+        for members in together:
+            _pulled(members, u, out, written)
+            written.update(name for name, _ in members)
+        return flat
+
+    def squared_norms(self) -> Tensor:
+        """|J[n, c]|^2: (N, C)."""
+        rest, once = self._rest, self._once.values()
+        return sum_of([*(squared_norms(group) for group in rest.values()), *(_squared_norms(members) for members in once)])
+
+    def own_gram(self) -> Tensor:
+        """<J[n, c], J[n, d]>: (N, C, C)."""
+        parts = [_own_gram(members) for members in self._once.values()]
+        return sum_of([*parts, pairs(lambda a, b: a.own_gram(b), self._rest, self._rest)] if self._rest else parts)
+
+    def gram(self, other: Sums) -> Tensor:
+        """<J[n, c], K[m, d]>: (N, C, M, D)."""
+        mine, its = self._once, other._once
+        common = [names for names in mine if names in its]
+        joined = {name for names in common for name in names}
+        rest = [name for name in self.blocks if name not in joined]
+        left, right = ({name: side.blocks[name] for name in rest} for side in (self, other))
+        parts = (_gram(mine[names], its[names]) for names in common)
+        return sum_of([*parts, pairs(lambda a, b: a.gram(b), left, right)] if rest else parts)
+
+    @cached_property
+    def _together(self) -> list[Members]:
+        """Blocks by cotangent, in lists of two or more."""
+        found: dict[object, Members] = {}
+        for name, group in self.blocks.items() if not self.attached else ():
+            for block in group:
+                if isinstance(block, Factored):
+                    found.setdefault(_place(block.cotangent), []).append((name, block))
+        together = [members for members in found.values() if len(members) > 1]
+        for members in together:
+            members.sort(key=lambda member: not isinstance(member[1].once, int))  # (a product adds to the bias that comes before it)
+        return together
+
+    @cached_property
+    def _once(self) -> dict[tuple[str, ...], Members]:
+        """By their names, of these the only blocks of their parameters whose rows are cotangent (x) a; not biases alone."""
+        found = ([(name, b) for name, b in members if b.once is not None and len(self.blocks[name]) == 1] for members in self._together)
+        return {
+            tuple(name for name, _ in members): members
+            for members in found
+            if len(members) > 1 and any(isinstance(block.once, Tensor) for _, block in members)
+        }
+
+    @cached_property
+    def _rest(self) -> Blocks:
+        """The other parameters."""
+        joined = {name for names in self._once for name in names}
+        return {name: group for name, group in self.blocks.items() if name not in joined}
+
+    def _for(self, k: int) -> tuple[list[tuple[str, Block]], list[Members]]:
+        """Of a product with k columns: the blocks that go through it alone, and those that share a cotangent."""
+        together = [members for members in self._together if all(block.through(k) for _, block in members)]
+        shared = {id(block) for members in together for _, block in members}
+        return [(name, block) for name, group in self.blocks.items() for block in group if id(block) not in shared], together
+
+
+def _place(g: Tensor) -> object:
+    """Equal for tensors that are the same numbers in the same memory, (N, C, *features), features of one entry aside."""
+    sizes = [(size, 0 if size == 1 else stride) for size, stride in zip(g.shape, g.stride(), strict=True)]
+    return g.data_ptr(), g.dtype, *sizes[:2], *[pair for pair in sizes[2:] if pair[0] != 1]
+
+
+def _bare(g: Tensor) -> Tensor:
+    """Without features of one entry, but for one where there are no others."""
+    return g.view(*g.shape[:2], *([size for size in g.shape[2:] if size != 1] or [1]))
+
+
+def _met(members: Members, v: Mapping[str, Tensor]) -> Tensor:
+    """J v of all members: (N, C, k)."""
+    g, k = _bare(members[0][1].cotangent), v[members[0][0]].shape[-1]
+    n, features, parts = len(g), g.shape[2:], []
+    for columns in in_chunks(k, n * prod(features) * g.element_size(), g):
+        met: Tensor | None = None
+        for name, block in members:
+            besides = None if met is None else met.reshape(len(met), *block.cotangent.shape[2:], met.shape[-1])
+            met = block.met(v[name] if k == 1 else v[name][..., columns], besides)
+        assert met is not None
+        met = met.reshape(len(met), *features, met.shape[-1])
+        parts.append(contracted(g, met if len(met) == n else met.expand(n, *met.shape[1:])))
+    return cat(parts, -1)
+
+
+def _pulled(members: Members, u: Tensor, out: Mapping[str, Tensor], written: set[str]) -> None:
+    """J^T u of all members, into the columns of `out`; added where something has been written."""
+    g, u = _bare(members[0][1].cotangent), u.to(members[0][1].dtype)
+    for columns in in_chunks(u.shape[-1], len(g) * prod(g.shape[2:]) * g.element_size(), g):
+        f, done = folded(g, u if u.shape[-1] == 1 else u[..., columns]), set(written)
+        for name, block in members:
+            its, place = f.view(len(f), *block.cotangent.shape[2:], f.shape[-1]), out[name]
+            place = place if u.shape[-1] == 1 else place[..., columns]
+            if name in done:
+                place.add_(block.pulled(its))
+            else:
+                block.pulled_into(place, its)
+                done.add(name)
+
+
+# With one position.
+
+
+def _alike(left: Members, right: Members, products: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The sum over members of products of what their cotangents meet: inputs, or the one of a bias."""
+    pairs = [(x.once, y.once) for (_, x), (_, y) in zip(left, right, strict=True)]
+    found = sum_of(products(*widest(a, b)) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
+    return found + sum(not isinstance(a, Tensor) for a, _ in pairs)
+
+
+def _squared_norms(members: Members) -> Tensor:
+    (g,) = widest(_bare(members[0][1].cotangent).flatten(2))
+    return dots(g, g) * _alike(members, members, dots).unsqueeze(1)
+
+
+def _own_gram(members: Members) -> Tensor:
+    g = _bare(members[0][1].cotangent)
+    return own(g, g) * _alike(members, members, dots)[:, None, None]
+
+
+def _gram(left: Members, right: Members) -> Tensor:
+    found = across(*(_bare(side[0][1].cotangent) for side in (left, right)))
+    return found.mul_(_alike(left, right, rows_by_rows)[:, None, :, None].to(found.dtype))
