@@ -156,7 +156,8 @@ class Report:
             + (f": {first.told}" if first.told else "")
             + (f"; {first.remark}" if first.remark and first.remark != first.told else ""),
             expected=f"at most {first.tolerance:.2g} ({first.reason}); {self.about(first.check)}",
-            hint="print(error.report); another method, such as method='loop'; please report it, since your function is not at fault",
+            hint="print(error.report); another method, such as method='loop'; please report it, unless a backward of your own is to blame: "
+            "one that is not linear in its cotangent (a clamp, a sign) is no derivative",
         )
         error.report = self
         for note in self.notes:
