@@ -8,7 +8,7 @@ a fault is no smaller in units of what is compared because the precision is high
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -29,13 +29,30 @@ def in_precision(problem: Problem, u: Tensor, dtype: torch.dtype, names: Collect
 
     Random numbers would be others in another dtype: an f that draws them does not run in it.
     """
+    found = call_in(problem, dtype, names)
+    return None if found is None else found(u)
+
+
+def call_in(
+    problem: Problem, dtype: torch.dtype, names: Collection[str] | None = None
+) -> Callable[[Tensor], dict[str, Tensor] | None] | None:
+    """`in_precision` of one u after another, by one call of f."""
     if problem.random_state is not None:
         return None
     try:
         found = call(doubled(problem, dtype))
-        return found.gradients(u.to(dtype), names) if found.out.dtype is dtype else None
     except Exception:  # whatever the user's code has against this precision, or against a batch of one
         return None
+    if found.out.dtype is not dtype:
+        return None
+
+    def gradients(u: Tensor) -> dict[str, Tensor] | None:
+        try:
+            return found.gradients(u.to(dtype), names)
+        except Exception:  # the same of its backward
+            return None
+
+    return gradients
 
 
 def told_by_precision(

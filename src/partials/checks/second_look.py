@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,11 +10,13 @@ import torch
 from .._algebra import sum_of
 from .._compat import has_hooks
 from .._errors import listed
+from .._part import part
 from .._typing import Tensor
 from .cloud import SHAKE, belongs, cloud
 from .gaps import Gap, Key, gap_of_product, in_dtype, weighted, weighted_each
 from .identities import Identities, Search
-from .other_precision import in_precision, told_by_precision
+from .other_precision import call_in, in_precision, told_by_precision
+from .own_backward import own_backward
 from .precision import inside
 from .subject import Subject
 from .tolerance import Tolerance, apart, distance, name_of
@@ -26,8 +28,9 @@ SUSPECTS = 16
 SUM = "a sum over samples, each part of which keeps to the tolerance by itself"
 CLOUD = f"an ordinary backward moves as far when inputs and parameters move by {SHAKE} eps (a kink, or terms that cancel)"
 PARTS = "ordinary backwards whose seeds add up to one are as far from it (terms that cancel)"
-SPLITS, WIDTH, FAR = 6, 16, 8
-"""Seeds that are split in two; outputs up to which one is also taken apart; how much further off than the worst of these a row may be."""
+SPLITS, WIDTH, FAR, SHRINKS = 6, 16, 8, 1000
+"""Seeds that are split in two; outputs up to which one is also taken apart; how much further off than the worst of these a row may be;
+how many times smaller rounding is in float64 than in float32, at the least (nine digits are more)."""
 DOUBLE = "an ordinary backward as it is, adding up the batch, is as far from one in float64, to which this sum keeps"
 ENTRIES = 2**16
 """Entries of a parameter that are looked at, those that differ most."""
@@ -155,8 +158,8 @@ def _explained(identities: Identities, n: int, keys: Sequence[Key], tolerance: T
     }  # (no copy in another precision has the user's hooks)
     told = told_by_precision(sides.subject.problem, sample, u, plain, scales, tolerance.value)
     both = {name: rows for name, rows in both.items() if name not in told}
-    noise = _rounding(identities, n, {name: plain for name, (_, plain) in both.items()}) if both else {}
-    told |= {name: PARTS for name, rows in both.items() if bool(distance(*rows) <= FAR * noise[name])}
+    noise = _rounding(identities, n, {name: rows[1] for name, rows in both.items() if name in plain})
+    told |= {name: PARTS for name, rows in both.items() if name in noise and bool(distance(*rows) <= FAR * noise[name])}
     both = {name: rows for name, rows in both.items() if name not in told}
     entries = {name: apart(*rows).abs().topk(min(ENTRIES, len(rows[0]))).indices for name, rows in both.items()}
     found = cloud(sides.subject, sample, u, entries, tolerance) if entries else None
@@ -167,24 +170,50 @@ def _explained(identities: Identities, n: int, keys: Sequence[Key], tolerance: T
     return {("backward", name): words for name, words in told.items()}
 
 
-def _rounding(identities: Identities, n: int, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rounding(identities: Identities, n: int, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """How far an ordinary backward at the call's sample n is from the sum of several whose seeds add up to its own: f's own rounding.
 
     It is some eps of a row, and all of one whose terms cancel: before a softmax that is sure, or of a bias that a softmax takes away
-    again. No kink is in it: inputs and parameters stay as they are.
+    again. No kink is in it: inputs and parameters stay as they are. But a backward of the user's own may not be linear in its cotangent (a
+    hook that clamps it, say). Then only what is less in a higher precision is rounding.
     """
-    u, inputs = identities.u * identities.mask([n]), {t.name for t in identities.sides.subject.problem.inputs}
-    width = u.shape[1]
-    ways = [list(torch.eye(width).to(u).unsqueeze(1) * u)] if width <= WIDTH else []
+    subject, sample = identities.sides.subject, identities.sample(n)
+    problem, inputs = subject.problem, {t.name for t in subject.problem.inputs}
+    if not whole:
+        return {}
+    mask, u = identities.mask([n]), identities.u[n]
+    width = len(u)
+    ways = [list(torch.eye(width).to(u) * u)] if width <= WIDTH else []
     for _ in range(SPLITS):
-        one = identities.sides.subject.draws.normal(u.shape, u) * (u != 0) * u.abs().amax()
+        one = subject.draws.normal(u.shape, u) * (u != 0) * u.abs().amax()
         ways.append([one, u - one])
-    found = {name: u.new_zeros((), dtype=torch.float64) for name in plain}
+
+    def as_it_is(seed: Tensor) -> dict[str, Tensor]:
+        found = identities.call.gradients(seed * mask, list(whole))
+        return {name: found[name][n] if name in inputs else found[name] for name in whole}
+
+    here = _apart(ways, u, as_it_is)
+    if not own_backward(problem):
+        return here
+    double = problem.dtype is torch.float64
+    single = part(problem, torch.tensor([sample], device=u.device)) if problem.batched else problem
+    other = call_in(single, torch.float32 if double else torch.float64)
+    there = {} if other is None else _apart(ways, u, lambda seed: other(seed[None]))
+    pairs = {name: (there[name], here[name]) if double else (here[name], there[name]) for name in whole if name in there}
+    return {name: here[name] for name, (coarse, fine) in pairs.items() if bool(fine * SHRINKS <= coarse)}
+
+
+def _apart(ways: list[list[Tensor]], u: Tensor, gradients: Callable[[Tensor], Mapping[str, Tensor] | None]) -> dict[str, Tensor]:
+    """By name, the largest distance between the gradients for u and the sums of those for seeds that add up to it; {} without any."""
+    found: dict[str, Tensor] = {}
+    whole = gradients(u)
     for seeds in ways:
-        parts = [identities.call.gradients(seed) for seed in seeds]
-        for name, whole in plain.items():
-            total = sum_of([part[name][n] if name in inputs else part[name] for part in parts]).reshape(-1)
-            found[name] = torch.maximum(found[name], distance(total, whole).to(found[name]))
+        parts = [part for part in map(gradients, seeds) if part is not None]
+        if whole is None or len(parts) < len(seeds):
+            return {}
+        for name, one in whole.items():
+            gap = distance(sum_of([part[name].reshape(-1) for part in parts]), one.reshape(-1)).to(torch.float64)
+            found[name] = gap if name not in found else torch.maximum(found[name], gap)
     return found
 
 

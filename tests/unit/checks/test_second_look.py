@@ -243,3 +243,58 @@ def test_a_fault_where_terms_cancel(factor):
     J = pt.jacobian(net, x, check="never")
     report = altered(J, "0.weight", lambda rows: rows.mul_(factor)).check()
     assert not report.passed
+
+
+CHANGING = {
+    "over its norm": lambda g: g / g.norm(),
+    "clamped": lambda g: g.clamp(-0.1, 0.1),
+    "its positive part": lambda g: g.clamp(min=0),
+    "its largest entries": lambda g: g * (g.abs() >= g.abs().median()),
+    "its square with a sign": lambda g: g * g.abs() / g.abs().sum(),
+}
+
+
+class Activated(nn.Module):
+    """A hook on an activation, registered in every call."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        h = torch.tanh(x)
+        h.register_hook(self.change)
+        return h
+
+
+class Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, change):
+        ctx.change = change
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.change(g), None
+
+
+class OwnFunction(Activated):
+    def forward(self, x):
+        return Passed.apply(x, self.change)
+
+
+def hooked(change):
+    module = nn.Tanh()
+    module.register_full_backward_hook(lambda module, given, out: (change(given[0]),))
+    return module
+
+
+@pytest.mark.parametrize("way", [hooked, Activated, OwnFunction])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_backward_that_is_not_linear_is_no_rounding(name, dtype, way):
+    """Sums of backwards differ from the backward of the sum as they do by rounding, but in every precision alike."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), way(CHANGING[name]), nn.Linear(6, 2)).to(dtype)
+    with pytest.raises((pt.CheckError, pt.MixingError)):
+        pt.jacobian(net, torch.randn(6, 4, dtype=dtype), check="always")
