@@ -28,7 +28,7 @@ SUSPECTS = 16
 SUM = "a sum over samples, each part of which keeps to the tolerance by itself"
 CLOUD = f"an ordinary backward moves as far when inputs and parameters move by {SHAKE} eps (a kink, or terms that cancel)"
 PARTS = "ordinary backwards whose seeds add up to one are as far from it (terms that cancel)"
-SPLITS, WIDTH, FAR, SHRINKS = 6, 16, 8, 1000
+SPLITS, WIDTH, FAR, SHRINKS = 6, 16, 3, 1000
 """Seeds that are split in two; outputs up to which one is also taken apart; how much further off than the worst of these a row may be;
 how many times smaller rounding is in float64 than in float32, at the least (nine digits are more)."""
 DOUBLE = "an ordinary backward as it is, adding up the batch, is as far from one in float64, to which this sum keeps"
