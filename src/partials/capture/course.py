@@ -38,6 +38,10 @@ SMALL = 8
 """Integers up to this may name dimensions."""
 
 
+LONGEST = 4096
+"""Steps of packed sequences whose lengths are remembered."""
+
+
 class Lengths(tuple[int, ...]):
     """The lengths of packed sequences, as an entry of the course."""
 

@@ -37,13 +37,10 @@ from ..rules import (
     keep,
     with_data,
 )
-from .course import Course, Lengths, contents, form, wrapped
+from .course import LONGEST, Course, Lengths, contents, form, wrapped
 from .layout import FIRST, Layout
-from .routes import EXPANDS, constant, gains, multiplies, picks, routes
+from .routes import EXPANDS, UNIFORM, Uniform, constant, gains, multiplies, picks, routes
 from .trace import Placement, Refused, Trace, Use, edge_of, label
-
-LONGEST = 4096
-"""Steps of packed sequences whose lengths are remembered."""
 
 
 class Recorder(TorchFunctionMode):
@@ -70,6 +67,7 @@ class Recorder(TorchFunctionMode):
         self.leads: dict[int, tuple[Tensor, bool]] = {id(t): (t, True) for t in wanted.values()}
         self.constants: list[Tensor] = []
         """Of the present operation: those whose sizes are a multiple of N."""
+        self.uniform = Uniform()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -89,8 +87,9 @@ class Recorder(TorchFunctionMode):
                 out = func(*args, **kwargs)
         else:
             out = self._at_once(func, args, kwargs) if depends and func in PHYSICAL else func(*args, **kwargs)
-            if func is torch.autograd.grad:
-                self.trace.nested = True
+            self.trace.nested |= func is torch.autograd.grad
+            if func in UNIFORM and not depends and not self.transforming:
+                self.uniform.add(out)
         if depends:
             self._mark(out, func, args)
             if func in UNBATCHED:
@@ -145,7 +144,7 @@ class Recorder(TorchFunctionMode):
         if not multiplies(func):
             samples = [t for t in tensors_in((*args, *kwargs.values())) if self.depends(t)]
             found = [t for t in found if gains(t, samples, n)]
-        for t in found:
+        for t in found if self.transforming else [t for t in found if t not in self.uniform]:
             entry = constant(t)
             self.trace.routed |= entry is None
             self.course.entries.append(entry)

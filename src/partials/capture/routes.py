@@ -2,7 +2,7 @@
 
 NOTE on constants. A product with a permutation matrix, or rows picked by an index of the user's, put the samples in an order that no
 course shows. So a constant beside samples in such an operation goes into the course, as the memory that it lies in and its version: a
-layout that was measured with one holds for that one only.
+layout that was measured with one holds for that one only. Constants of one number place nothing: the zeros that a recurrence starts from.
 """
 
 from __future__ import annotations
@@ -50,6 +50,32 @@ class Constant(NamedTuple):
     version: int
     place: tuple[int, torch.Size, tuple[int, ...]]
     """Offset, shape and stride."""
+
+
+UNIFORM = frozenset(
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+    if hasattr(owner, name)
+)
+"""Operations that make constants of one number: whatever they are multiplied with stays where it is."""
+
+
+class Uniform:
+    """The constants of one number that a run has made, and the views of them: while nothing was written there."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[Tensor, int]] = {}
+
+    def add(self, t: Tensor) -> None:
+        if t.numel():
+            self.made[t.untyped_storage().data_ptr()] = t, t._version
+
+    def __contains__(self, t: Tensor) -> bool:
+        if not self.made or type(t) is not Tensor or t.layout is not torch.strided:
+            return False
+        known = self.made.get(t.untyped_storage().data_ptr())
+        return known is not None and known[1] == t._version
 
 
 @lru_cache(maxsize=4096)

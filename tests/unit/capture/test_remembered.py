@@ -57,3 +57,38 @@ def test_samples_sorted_by_data_are_measured_each_time(measured):
         J, R = (pt.jacobian(f, x, params=linear, method=method) for method in ("capture", "loop"))
         torch.testing.assert_close(J.dense(), R.dense())
     assert len(measured) >= 3
+
+
+class Last(nn.Module):
+    """The last state of a recurrence."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner = kind(4, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x)[0][:, -1].sum(1)
+
+
+class Masked(nn.Module):
+    """Attention by hand, with a mask of ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(4, 8), nn.Linear(4, 8)
+
+    def forward(self, x):
+        scores = self.q(x) @ self.k(x).mT
+        scores = scores.masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -torch.inf)
+        return (scores.softmax(-1) @ x).sum((1, 2))
+
+
+@pytest.mark.parametrize("made", [lambda: Last(nn.LSTM), lambda: Last(nn.GRU), lambda: Last(nn.RNN), Masked])
+def test_constants_that_are_made_in_every_call_place_no_samples(measured, made):
+    """Sizes are multiples of N, so that they could."""
+    net = made().double()
+    for _ in range(3):
+        x = torch.randn(4, 8, 4, dtype=torch.float64)
+        J, R = (pt.jacobian(net, x, method=method, check="never") for method in ("capture", "loop"))
+        torch.testing.assert_close(J.dense(), R.dense(), rtol=1e-10, atol=1e-12)
+    assert len(measured) == 1
