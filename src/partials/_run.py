@@ -90,7 +90,7 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
                 if history is not None and method == "auto":
                     history.refused, history.doubtful = refused, doubtful
                 aux = aux if computed.aux is None else computed.aux
-                return replace(computed, aux=aux, doubtful=doubtful, course=(facts.course, facts.course)), made
+                return replace(computed, aux=aux, doubtful=doubtful, course=lambda: (facts.course, facts.course)), made
             except MethodError as error:
                 if method != "auto":
                     raise

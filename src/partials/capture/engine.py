@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,13 +119,17 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
     values, _, trace, tensors = run
     demand_complete(values, parameters(problem, tensors), trace, stood_in_for(problem, tensors))
     measured, lasting = _layouts(problem, values, trace)
-    course = digest(trace.course), digest(trace.course, fine=True)
+    entries = trace.course
+
+    def course() -> tuple[int, int]:
+        return digest(entries), digest(entries, fine=True)
+
     if lasting and trace.draft is not None:
-        problem.history.script = trace.draft.script(trace, values, measured, sum(map(held, trace.uses)), course)
+        problem.history.script = trace.draft.script(trace, values, measured, sum(map(held, trace.uses)), course())
     return answer(problem, run, runner, measured, course)
 
 
-def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | None], course: tuple[int, int]) -> Computed:
+def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | None], course: Callable[[], tuple[int, int]]) -> Computed:
     """Reverse passes and blocks of a run that is known to be complete, with the layouts of its uses."""
     values, whole, trace, tensors = run
     uses, wanted, outputs = trace.uses, parameters(problem, tensors), values.shape[1:].numel()

@@ -123,17 +123,17 @@ class Recorder(TorchFunctionMode):
         before = len(entries)
         entries.append(func)
         parameters: list[Tensor] = []
-        depends = self._meet(func, args, parameters)
+        count = self._meet(func, args, parameters)
         if kwargs:
             entries += kwargs
-            depends |= self._meet(func, kwargs.values(), parameters)
+            count += self._meet(func, kwargs.values(), parameters)
         if self.constants:
-            self._note_constants(func, args, kwargs) if depends else self.constants.clear()
-        if not depends:
+            self._note_constants(func, args, kwargs) if count else self.constants.clear()
+        if not count:
             del entries[before:]
-        elif multiplies(func):
+        elif count > 1 and multiplies(func):
             self.trace.routed |= self._placed_by_data(args, kwargs)
-        return depends, parameters
+        return count > 0, parameters
 
     def _note_constants(self, func: Any, args: Any, kwargs: Any) -> None:
         """Constants whose values may decide where samples go: see the NOTE in `routes`."""
@@ -152,17 +152,18 @@ class Recorder(TorchFunctionMode):
     def _placed_by_data(self, args: Any, kwargs: Any) -> bool:
         """Whether a product of samples with samples may put them in places that data decide: one factor, computed, has no gradient."""
         samples = [t for t in tensors_in((*args, *kwargs.values()) if kwargs else args) if self.depends(t)]
-        return len(samples) > 1 and any(not t.requires_grad and id(t) not in self.course.inputs for t in samples)
+        return any(not t.requires_grad and id(t) not in self.course.inputs for t in samples)
 
-    def _meet(self, func: Any, values: Iterable[Any], parameters: list[Tensor]) -> bool:
-        depends, course = False, self.course
+    def _meet(self, func: Any, values: Iterable[Any], parameters: list[Tensor]) -> int:
+        """How many tensors depend on the samples; all arguments go into the course."""
+        count, course = 0, self.course
         for value in values:
             if isinstance(value, Tensor):
                 entry: Any = course.number(value)
                 if entry or (self.transforming and (entry := wrapped(value, course))):
-                    depends = True
+                    count += 1
                 elif not self.known_samples and self.depends(value):
-                    depends, entry = True, "data"
+                    count, entry = count + 1, "data"
                 elif value.requires_grad and self.leads_to_wanted(value):
                     parameters.append(value)
                     entry = value.shape
@@ -175,8 +176,8 @@ class Recorder(TorchFunctionMode):
                 course.note(func, value)
             else:
                 course.entries.append(len(inner))
-                depends |= self._meet(func, inner, parameters)
-        return depends
+                count += self._meet(func, inner, parameters)
+        return count
 
     def depends(self, t: Tensor) -> bool:
         return bool(self.course.number(t)) or _compat.transform_of(t) == "vmap"

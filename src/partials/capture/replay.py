@@ -40,7 +40,7 @@ def replayed(problem: Problem) -> Computed | None:
     run = _run(problem, script)
     if run is not None and not drawn_since(before, device):
         try:
-            found = answer(problem, run, "native", script.layouts, script.course)
+            found = answer(problem, run, "native", script.layouts, lambda: script.course)
         except PartialsError:
             raise
         except Exception:  # (Refused, or a reverse pass that fails: the recorder's run says it)

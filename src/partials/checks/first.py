@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from threading import Lock
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -22,6 +22,7 @@ from .._typing import Tensor
 from .levels import inspect, samples_apart
 from .report import Report
 
+Course = Callable[[], tuple[int, int]]
 POLICIES = ("first", "always", "never")
 SIZE, ENOUGH, DEPTH = 4096, 3, 4
 """Keys that are remembered; passed checks after which rows that are all zero are no reason to look again; nesting of functions."""
@@ -55,7 +56,7 @@ PASSED = Passed()
 
 
 def verify(
-    problem: Problem, jacobian: Any, policy: str, *, doubtful: bool = False, course: tuple[int, int] = (0, 0), kept: bool = False
+    problem: Problem, jacobian: Any, policy: str, *, doubtful: bool = False, course: Course = lambda: (0, 0), kept: bool = False
 ) -> None:
     """Run the quick check where the policy asks for it; whatever it says, look for mixing where a run of f gave cause to.
 
@@ -74,16 +75,16 @@ def verify(
     history, script = problem.history, (problem.history.script, jacobian.values.dtype) if kept else None
     if policy == "first" and kept and history.passed == script:
         return
-    key = None if policy == "always" else key_of(problem, jacobian.plan.method, jacobian.values.dtype)
-    if policy == "never" or (policy == "first" and (key, course[0]) in PASSED):
+    key, did = (None, (0, 0)) if policy == "always" else (key_of(problem, jacobian.plan.method, jacobian.values.dtype), course())
+    if policy == "never" or (policy == "first" and (key, did[0]) in PASSED):
         if doubtful:
-            _apart(problem, jacobian, (key, course[1], "apart"))
+            _apart(problem, jacobian, (key, did[1], "apart"))
         elif kept and policy == "first":
             history.passed = script
         return
     report = inspect(problem, jacobian.plan.method, "quick", jacobian).raise_if_failed()
     if policy == "first":
-        PASSED.add((key, course[0]), report)
+        PASSED.add((key, did[0]), report)
 
 
 def _apart(problem: Problem, jacobian: Any, key: Hashable) -> None:

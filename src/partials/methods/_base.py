@@ -31,7 +31,7 @@ class Computed:
     uses: tuple[Use, ...] | Callable[[], tuple[Use, ...]] = ()
     doubtful: bool = False
     """A capture of f on the batch found uses whose cotangents belong to no one sample, or to samples in some order: samples may mix."""
-    course: tuple[int, int] = (0, 0)
+    course: Callable[[], tuple[int, int]] = lambda: (0, 0)
     """Numbers for what f did in this run: one for its operations, one for constants that may place samples too."""
     kept: bool = False
     """The run kept to the script of an earlier one."""
