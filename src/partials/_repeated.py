@@ -28,7 +28,7 @@ from ._typing import Function, Tensor
 
 LIMIT, MISSES, PATIENCE = 256, 3, 4
 """Calls that are remembered of functions, and of one module; runs that may leave their script, and one more for so many that keep to it."""
-READ_ONCE = {"in_dims": 0, "batched": True, "randomness": "error", "create_graph": False}
+READ_ONCE = {"in_dims": 0, "batched": True, "create_graph": False}
 """Options, all but names, that a call must have to be remembered."""
 
 
@@ -198,6 +198,9 @@ def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss
         given = asked.get(name, value)
         if given is not value:
             return None
+    randomness = asked.get("randomness", "error")
+    if randomness not in ("error", "same", "different"):  # (the masks of a "model" are those of the moment)
+        return None
     if keywords or not (wrt is None or type(wrt) is str) or not (output is None or type(output) in (str, int)):
         return None
     if isinstance(f, nn.Module):
@@ -211,7 +214,7 @@ def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss
     if code is None or not (loss is None or type(loss) is type(len) or (type(loss) is FunctionType and not _holds(loss))):
         return None
     alone = params is None and not isinstance(f, nn.Module)
-    forms: list[Hashable] = [code, wrt, output, loss, params is None, asked.get("budget"), rounding()]
+    forms: list[Hashable] = [code, wrt, output, loss, params is None, asked.get("budget"), randomness, rounding()]
     for t in inputs:
         kind = type(t)
         if kind is not Tensor and (kind is not nn.Parameter or not alone):
@@ -249,7 +252,7 @@ def _remember(key: Hashable, root: nn.Module | None, problem: Problem, f: Functi
         targets = tuple((t.name, places[id(t.own)]) for t in problem.targets)
         attributes |= {"targets": (), "parameters": ()}
     leaves = tuple((leaf.name, leaf.argument, places[id(leaf.tensor)], leaf.dim) for leaf in problem.leaves)
-    history = History(bufferless=tree is None or tree.bufferless, straight=not problem.spared)
+    history = History(bufferless=tree is None or tree.bufferless, straight=not problem.spared and problem.randomness == "error")
     known = Known({**attributes, "history": history}, leaves, targets, tree, history)
     problem.history = history
     with _LOCK:
