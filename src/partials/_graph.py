@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+
+from torch.autograd.function import BackwardCFunction
 
 from ._typing import Tensor
 
@@ -11,18 +13,26 @@ HIDES = "Checkpoint"
 """In the name of a graph node: reentrant checkpointing, which computes again in the reverse pass what the graph does not show."""
 
 
-def hides_uses(output: Tensor) -> bool:
-    """Whether a node of the output's graph runs a reverse pass of its own, in which parameters may be used."""
+def nodes(output: Tensor) -> Iterator[Any]:
+    """The nodes of the output's graph, each once."""
     stack, seen = [output.grad_fn], set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if HIDES in node.name():
-            return True
+        yield node
         stack.extend(following for following, _ in node.next_functions)
-    return False
+
+
+def hides_uses(output: Tensor) -> bool:
+    """Whether a node of the output's graph runs a reverse pass of its own, in which parameters may be used."""
+    return any(HIDES in node.name() for node in nodes(output))
+
+
+def of_python(output: Tensor) -> bool:
+    """Whether an autograd.Function, whose backward is somebody's Python, is in the output's graph."""
+    return any(isinstance(node, BackwardCFunction) for node in nodes(output))
 
 
 def reached(output: Tensor, tensors: Mapping[str, Tensor], stops: Collection[Any] = ()) -> set[str]:

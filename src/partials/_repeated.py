@@ -65,7 +65,7 @@ class History:
         return bool(self.asked & (self.asked - 1))
 
     def due(self) -> bool:
-        """Whether this run is to be written down: not the first, and not where runs have differed time and history."""
+        """Whether this run is to be written down: not the first, and not where runs have differed time and again."""
         self.calls += 1
         return self.straight and self.calls > 1 and self.missed <= MISSES + self.kept // PATIENCE
 
@@ -210,6 +210,9 @@ def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss
     elif type(f) is FunctionType and (params is None or isinstance(params, nn.Module)):
         code = None if hasattr(f, "__wrapped__") else f.__code__
     else:
+        return None
+    root = _root(f, params)
+    if root is not None and type(root).__hash__ is not object.__hash__:  # (equal modules need not be one module)
         return None
     if code is None or not (loss is None or type(loss) is type(len) or (type(loss) is FunctionType and not _holds(loss))):
         return None

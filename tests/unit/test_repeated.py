@@ -393,6 +393,25 @@ def test_a_flag_is_no_number():
     assert names.call(torch.sum, ({},), {}) != names.call(torch.sum, ({},), {})
 
 
+def test_modules_that_are_equal_are_not_one():
+    class Equal(Net):
+        def __eq__(self, other):
+            return isinstance(other, Equal)
+
+        def __hash__(self):
+            return 1
+
+    class Unhashable(Net):
+        __hash__ = None
+
+    for kind in (Equal, Unhashable):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            net = kind(usual)
+            J = pt.jacobian(net, x_of(), check="never")
+            assert same(J, net, x_of(), [J.leaves[name] for name in J.names])
+
+
 def test_few_calls_are_remembered():
     net = Net(usual)
     for n in range(1, _repeated.LIMIT + 20):

@@ -7,7 +7,6 @@ in place or not, leaves the edge right.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from types import FunctionType
 from typing import Any
@@ -39,7 +38,7 @@ from ..rules import (
 )
 from .course import LONGEST, Course, Lengths, contents, form, wrapped
 from .layout import FIRST, Layout
-from .routes import EXPANDS, UNIFORM, Uniform, constant, gains, multiplies, picks, routes
+from .routes import EXPANDS, Uniform, constant, gains, multiplies, picks, routes, writes
 from .trace import Placement, Refused, Trace, Use, edge_of, label
 
 
@@ -88,8 +87,8 @@ class Recorder(TorchFunctionMode):
         else:
             out = self._at_once(func, args, kwargs) if depends and func in PHYSICAL else func(*args, **kwargs)
             self.trace.nested |= func is torch.autograd.grad
-            if func in UNIFORM and not depends and not self.transforming:
-                self.uniform.add(out)
+        if not self.transforming:
+            self.uniform.see(func, args, kwargs, out)
         if depends:
             self._mark(out, func, args)
             if func in UNBATCHED:
@@ -391,10 +390,3 @@ def broadcast(shapes: list[torch.Size]) -> tuple[int, ...]:
             if size != 1:
                 sizes[at] = size
     return tuple(sizes)
-
-
-@functools.cache
-def writes(func: Any) -> bool:
-    """Whether a function's name says that it writes to its first argument."""
-    name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

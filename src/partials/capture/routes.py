@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._signature import tensors_in
 from .._typing import Tensor
 from ..rules.elementwise import ENTRY_BY_ENTRY
 
@@ -61,21 +62,38 @@ UNIFORM = frozenset(
 """Operations that make constants of one number: whatever they are multiplied with stays where it is."""
 
 
+_DATA: Any = torch.Tensor.data
+_OPENED = {_DATA.__get__, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.untyped_storage, torch.Tensor.data_ptr}
+"""What hands out memory to code that may write to it without a word."""
+
+
 class Uniform:
     """The constants of one number that a run has made, and the views of them: while nothing was written there."""
 
     def __init__(self) -> None:
         self.made: dict[int, tuple[Tensor, int]] = {}
 
-    def add(self, t: Tensor) -> None:
-        if t.numel():
-            self.made[t.untyped_storage().data_ptr()] = t, t._version
+    def see(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Follow an operation: it makes such a constant, or writes to one, or hands it out to code that may (`.data`, numpy)."""
+        if func in UNIFORM and isinstance(out, Tensor) and out.numel():
+            self.made[out.untyped_storage().data_ptr()] = out, out._version
+        elif self.made and (writes(func) or func in _OPENED or "out" in kwargs):
+            for t in tensors_in((*args, *kwargs.values())):
+                if t.layout is torch.strided:
+                    self.made.pop(t.untyped_storage().data_ptr(), None)
 
     def __contains__(self, t: Tensor) -> bool:
         if not self.made or type(t) is not Tensor or t.layout is not torch.strided:
             return False
         known = self.made.get(t.untyped_storage().data_ptr())
         return known is not None and known[1] == t._version
+
+
+@lru_cache(maxsize=4096)
+def writes(func: Any) -> bool:
+    """Whether a function's name says that it writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 @lru_cache(maxsize=4096)

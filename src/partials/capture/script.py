@@ -22,8 +22,8 @@ from .._typing import Tensor
 from ..rules import COMPOSITES, REPEATED, RULES, ExpandedPart
 from ..rules.elementwise import ENTRY_BY_ENTRY
 from .layout import Layout
-from .recorder import Recorder, writes
-from .routes import Constant
+from .recorder import Recorder
+from .routes import Constant, writes
 from .trace import Trace, Use
 
 NAME = "_partials_step"

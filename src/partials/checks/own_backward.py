@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
+from .._graph import of_python
 from .._problem import Problem
 from .._state import drawn_from
 from .._typing import Tensor
@@ -16,7 +16,7 @@ def own_backward(problem: Problem) -> bool:
     """True where f registers a hook on a tensor of its own, or goes through an autograd.Function (as modules with backward hooks do)."""
     with problem.running("looking for hooks"), drawn_from(problem.random_state, problem.targets[0].tensor.device), _Registered() as seen:
         out = problem(problem.tensors())
-    return seen.any or _of_python(out)
+    return seen.any or of_python(out)
 
 
 class _Registered(TorchFunctionMode):
@@ -27,16 +27,3 @@ class _Registered(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.any |= func is Tensor.register_hook
         return func(*args, **(kwargs or {}))
-
-
-def _of_python(out: Tensor) -> bool:
-    stack, seen = [out.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, BackwardCFunction):
-            return True
-        seen.add(node)
-        stack += [following for following, _ in node.next_functions]
-    return False

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from .._graph import of_python
 from .._problem import Problem
 from .._signature import walk
 from .._state import drawn_from
@@ -42,21 +42,7 @@ def stops(problem: Problem) -> str:
     watch, tensors, given = _Stops(), problem.tensors(fresh=True), problem.given
     with watch, drawn_from(problem.random_state, problem.targets[0].tensor.device):
         out = problem(tensors, given)
-    return "" if _custom(out) else watch.seen
-
-
-def _custom(out: torch.Tensor) -> bool:
-    """Whether a custom Function is in the graph of `out`."""
-    stack, seen = [out.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, BackwardCFunction):
-            return True
-        seen.add(node)
-        stack.extend(following for following, _ in node.next_functions)
-    return False
+    return "" if of_python(out) else watch.seen
 
 
 class Watch(TorchFunctionMode):

@@ -92,3 +92,41 @@ def test_constants_that_are_made_in_every_call_place_no_samples(measured, made):
         J, R = (pt.jacobian(net, x, method=method, check="never") for method in ("capture", "loop"))
         torch.testing.assert_close(J.dense(), R.dense(), rtol=1e-10, atol=1e-12)
     assert len(measured) == 1
+
+
+def _set(matrix, order):
+    matrix[torch.arange(len(order)), order] = 1
+
+
+def _set_data(matrix, order):
+    matrix.data[torch.arange(len(order)), order] = 1
+
+
+def _set_numpy(matrix, order):
+    matrix.numpy()[range(len(order)), order] = 1
+
+
+def _scatter(matrix, order):
+    torch.scatter(matrix, 1, order[:, None], 1.0, out=matrix)
+
+
+@pytest.mark.parametrize("write", [_set, _set_data, _set_numpy, _scatter])
+def test_zeros_that_were_written_to_are_no_zeros(write):
+    """A permutation matrix that f makes from zeros: the samples lie in another order in every call."""
+    linear, orders = nn.Linear(3, 2).double(), [torch.tensor(order) for order in ([0, 1, 2, 3], [1, 2, 3, 0], [3, 2, 1, 0])]
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            matrix = torch.zeros(4, 4, dtype=x.dtype)
+            write(matrix, self.order)
+            return matrix.T @ self.linear(matrix @ x).tanh()
+
+    net = Turned()
+    for order in orders:
+        net.order, x = order, torch.randn(4, 3, dtype=torch.float64)
+        J = pt.jacobian(net, x, method="capture", check="never")
+        torch.testing.assert_close(J.dense(), pt.jacobian(lambda x: linear(x).tanh(), x, params=net, method="loop").dense())
