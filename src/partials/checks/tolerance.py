@@ -13,7 +13,7 @@ from .._typing import Tensor
 FACTOR = 64
 """In units of eps, over the scale of a whole row. Healthy functions stay an order of magnitude below (docs/checks.md)."""
 WORST = {"independence": 8, "values": 8, "backward": 12, "product": 18, "alone": 18}
-"""The worst error in eps of float32 over 1000 seeds of the healthy networks of docs/checks.md in which nothing cancels, rounded up."""
+"""Eps of float32 within which healthy networks stay, where nothing cancels (docs/checks.md): slow tests look for seeds that do not."""
 
 PIECE, PART, SMALL, LARGE = 2**18, 4096, 1e-12, 1e15
 """Entries of a piece, and of a part, whose norm is taken in float32; and between what norms it can be: beyond, squares lose digits
@@ -50,7 +50,7 @@ class Tolerance:
         if self.factor > FACTOR:
             return f"{words}: {PER_ROOT} sqrt({self.terms}), since a sum of {self.terms} rows rounds by about sqrt({self.terms} / 2)"
         worst = WORST.get(check)
-        return words if worst is None else f"{words}: in 1000 seeds of healthy networks the worst was {worst} eps"
+        return words if worst is None else f"{words}: healthy networks stay within {worst} eps"
 
 
 def coarsest(*dtypes: torch.dtype) -> torch.dtype:
