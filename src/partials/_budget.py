@@ -63,7 +63,7 @@ def solve(problem: Problem, method: str, policy: str) -> Any:
 def _whole(problem: Problem, method: str, policy: str) -> Any:
     computed, made = compute(problem, method)
     made.check = policy
-    found = wrap(problem, computed, made, Origin(check=lambda J, level: inspect(problem, made.method, level, J)))
+    found = wrap(problem, computed, made, lambda J, level: inspect(problem, made.method, level, J))
     verify(problem, found, policy, doubtful=computed.doubtful, course=computed.course, kept=computed.kept)
     return found
 
@@ -266,7 +266,7 @@ class Again(Measured):
                     computed, made = compute(few, self.method)
             else:
                 computed, made = compute(few, self.method)
-        found = wrap(few, computed, made, Origin())
+        found = wrap(few, computed, made)
         for values in self.kept:
             self.snapshot.demand_same(values.reshape(*self.rows)[place.samples, place.outputs], found.values)
         if self.policy == "always":

@@ -28,8 +28,8 @@ from ._typing import Function, Tensor
 
 LIMIT, MISSES, PATIENCE = 256, 3, 4
 """Calls that are remembered of functions, and of one module; runs that may leave their script, and one more for so many that keep to it."""
-READ_ONCE = {"in_dims": 0, "batched": True, "create_graph": False}
-"""Options, all but names, that a call must have to be remembered."""
+ALL_FIRST = 0
+"""The `in_dims` that a call must have to be remembered."""
 
 
 @dataclass(eq=False)
@@ -43,8 +43,10 @@ class History:
     calls: int = 0
     kept: int = 0
     missed: int = 0
-    remarks: list[str] | None = None
-    """What a plan says of such a call, once it has been asked."""
+    form: Any = None
+    """The columns of a result, and what a plan says of such a call, once they have been asked for."""
+    plan: Any = None
+    """What plans of a capture have in common."""
     refused: dict[str, str] = field(default_factory=dict)
     """Methods that could not run, and why, where another one could."""
     doubtful: bool = False
@@ -142,8 +144,7 @@ class Known:
     def problem(self, f: Function, inputs: tuple[Any, ...], module: nn.Module | None) -> Problem:
         """The problem of a call of the same kind."""
         problem = object.__new__(Problem)
-        own = problem.__dict__
-        own |= self.attributes
+        problem.__dict__ = own = self.attributes.copy()
         own["function"], own["module"] = f, module
         own["leaves"] = tuple([Leaf(name, argument, inputs[at], dim) for name, argument, at, dim in self.leaves])
         if self.tree is None:
@@ -194,10 +195,8 @@ def _root(f: Function, params: Any) -> nn.Module | None:
 def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss: Any, asked: Mapping[str, Any]) -> Hashable | None:
     """What decides how a call is read, but for the module; None where that is more than is looked at here."""
     wrt, params, output = asked.get("wrt"), asked.get("params"), asked.get("output")
-    for name, value in READ_ONCE.items():
-        given = asked.get(name, value)
-        if given is not value:
-            return None
+    if asked.get("in_dims", ALL_FIRST) is not ALL_FIRST or not asked.get("batched", True) or asked.get("create_graph", False):
+        return None
     randomness = asked.get("randomness", "error")
     if randomness not in ("error", "same", "different"):  # (the masks of a "model" are those of the moment)
         return None
@@ -248,7 +247,7 @@ def _remember(key: Hashable, root: nn.Module | None, problem: Problem, f: Functi
     if root is not None and not Tree.readable(root):
         return
     tree = None if root is None else Tree(root)
-    problem.shapes, problem.parameters  # noqa: B018 (asked for once, for all calls)
+    problem.shapes, problem.parameters, problem.sampled  # noqa: B018 (asked for once, for all calls)
     attributes = {**vars(problem), "function": None, "module": None, "args": (), "leaves": (), "loss_target": None}
     targets: tuple[tuple[str, int], ...] = ()
     if tree is None:

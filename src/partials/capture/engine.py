@@ -19,7 +19,7 @@ from .._typing import Tensor
 from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from . import layout as layouts
-from .build import READ_AGAIN, block_of, canonical, carried_to, features, release
+from .build import READ_AGAIN, block_of, canonical, carried_to, features, merged, release, zero
 from .course import digest, form
 from .describe import described, held
 from .known import LAYOUTS
@@ -28,7 +28,7 @@ from .recorder import Recorder
 from .reverse import cotangents, single, weighted
 from .script import Scribe
 from .tape import TapeRecorder
-from .trace import Refused, Trace, Unplaced, Use
+from .trace import NO_GRAPH, Refused, Trace, Unplaced, Use
 from .walk import demand_complete
 
 Run = tuple[Tensor, Any, Trace, dict[str, Tensor]]
@@ -125,7 +125,9 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
         return digest(entries), digest(entries, fine=True)
 
     if lasting and trace.draft is not None:
-        problem.history.script = trace.draft.script(trace, values, measured, sum(map(held, trace.uses)), course())
+        problem.history.script = trace.draft.script(
+            trace, values, parameters(problem, tensors), measured, sum(map(held, trace.uses)), course()
+        )
     return answer(problem, run, runner, measured, course)
 
 
@@ -153,7 +155,7 @@ def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | 
         blocks[target.name] = (_input_block(problem, target, g, outputs),)
     notes = [f"no rule, expanded: {listed(sorted(set(trace.expanded)))}"] if trace.expanded else []
     if not values.requires_grad:
-        notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
+        notes.append(NO_GRAPH)
     read = [use for use in uses if type(use.part) in READ_AGAIN]
     sources = [(f"an input of {use.operation}", t, version) for use in read for t, version in use.saved]
     for use in uses:
@@ -195,17 +197,7 @@ def _blocks(
         else:
             for name, carried in carried_to(use, block, wanted, attached=problem.create_graph).items():
                 groups[name].append(carried)
-    return {name: tuple(merged(group)) or (_zero(wanted[name], size, outputs),) for name, group in groups.items()}
-
-
-def merged(group: list[Block]) -> list[Block]:
-    """Dense blocks of one parameter are one dense block."""
-    if len(group) < 2:
-        return group
-    dense = [b for b in group if type(b) is Dense]
-    if len(dense) < 2:
-        return group
-    return [*(b for b in group if type(b) is not Dense), Dense(sum((b.values for b in dense[1:]), dense[0].values))]
+    return {name: tuple(merged(group)) or (zero(wanted[name], size, outputs),) for name, group in groups.items()}
 
 
 def _layouts(problem: Problem, values: Tensor, trace: Trace, *, anew: bool = False) -> tuple[list[Layout | None], bool]:
@@ -277,9 +269,3 @@ def _input_block(problem: Problem, target: Any, g: Tensor | None, outputs: int) 
     if outputs == 1:
         g = g.unsqueeze(0)
     return Dense(g.movedim(1 + problem.dim_of(target), 0) if problem.batched else g.unsqueeze(0))
-
-
-def _zero(parameter: Tensor, n: int, outputs: int) -> Block:
-    return Dense(
-        parameter.detach().new_zeros(1).expand(n, outputs, *parameter.shape) if parameter.ndim else parameter.detach().new_zeros(n, outputs)
-    )

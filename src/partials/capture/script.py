@@ -9,18 +9,21 @@ operation of torch's own on named tensors, whose graph leads to its arguments an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import _compat
 from .._signature import walk
 from .._typing import Tensor
-from ..rules import COMPOSITES, REPEATED, RULES, ExpandedPart
+from ..rules import COMPOSITES, REPEATED, RULES, ExpandedPart, OuterPart, SumPart
 from ..rules.elementwise import ENTRY_BY_ENTRY
+from .build import READ_AGAIN, Quick, quickly
+from .describe import formless, sizes_of
 from .layout import Layout
 from .recorder import Recorder
 from .routes import Constant, writes
@@ -34,15 +37,44 @@ _TRUE, _FALSE = (bool, True), (bool, False)  # (True == 1, but a sum over dimens
 _AS_THEY_ARE = frozenset({int, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One operation: what it was called with, and whether it is a use."""
 
-    call: list[Any]
+    func: Any
+    length: int
+    """Number of positional arguments."""
+    named: tuple[tuple[int, int], ...]
+    """(place, name) of the arguments with a name."""
+    usual: tuple[tuple[int, Any], ...]
+    """(place, argument) of those that the very same object says all of."""
+    others: tuple[int, ...]
+    """Places of the arguments without a name."""
+    words: list[Any]
+    """For these, and for keywords."""
+    worded: bool
+    """Whether words must be compared in any case."""
     uses: tuple[bool, ...] = ()
     """Of what the operation's rule says, which concerns a wanted parameter; nothing where the operation is no use."""
+    reads: tuple[tuple[int, ...], ...] | None = None
+    """Of each use: which arguments its block is made from; None where the rule must be asked each time."""
     within: bool = False
     """The operation is Python whose own operations are steps too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a script says of one use."""
+
+    slot: int
+    name: str | None
+    """Of the parameter; None where the tensor was computed from parameters."""
+    layout: Layout
+    quick: Quick | None
+    """How the block is made; None where that takes the use itself."""
+    again: str
+    """What the block reads again, "" where nothing."""
+    sizes: Use
+    """The use without its tensors: what they were like."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,9 +82,12 @@ class Script:
     """A run, and what was found out about it."""
 
     steps: tuple[Step, ...]
-    output: Hashable
-    layouts: tuple[Layout, ...]
-    """Of the uses."""
+    uses: tuple[Told, ...]
+    output: int
+    outputs: int
+    """Of each sample."""
+    wanted: dict[str, Tensor]
+    """What the parameters are like: no values."""
     needed: int
     """Bytes that the factors of one output take."""
     course: tuple[int, int]
@@ -60,42 +95,38 @@ class Script:
 
 
 class Names:
-    """Names for the tensors of one run: those given, results in order; others go by their shape.
+    """Names for the tensors of one run: 1, 2, ... for results in order, -1, -2, ... for those given; others go by their form.
 
     A result carries its number as an attribute. Its graph node is kept as well, since a tensor that was written to unseen has another.
     """
 
-    __slots__ = ("given", "lost", "nodes", "origin")
+    __slots__ = ("given", "lost", "nodes", "origin", "places")
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
+    def __init__(self, given: Sequence[Tensor]) -> None:
         self.origin = next(_RUNS) * SPAN
-        self.given = {id(t): -1 - i for i, t in enumerate(given)}
+        self.given = given[::-1]  # (so that the names are its indices)
+        self.places: dict[int, int] | None = None
         self.nodes: list[Any] = [None]
         self.lost = False
         """Whether a tensor was met whose history no operation showed."""
 
-    def of(self, t: Tensor) -> Hashable:
-        """The name of a tensor; one that equals nothing where it has a history that no operation showed."""
+    def of(self, t: Tensor) -> int:
+        """The name of a tensor, 0 of one without."""
         number: int = getattr(t, NAME, 0) - self.origin
         if 0 < number < SPAN:
             if t.grad_fn is self.nodes[number]:
                 return number
-        elif (found := self.given.get(id(t))) is not None:
-            return found
         elif t.grad_fn is None:
-            return t.shape
+            if self.places is None:
+                self.places = {id(t): -i for i, t in enumerate(reversed(self.given), 1)}
+            return self.places.get(id(t), 0)
         self.lost = True
-        return object()
+        return 0
 
-    def call(self, func: Any, args: Any, kwargs: Any) -> list[Any]:
-        """A call as a list that can be compared."""
-        words: list[Any] = [func]
-        origin, nodes = self.origin, self.nodes
-        for value in args:
-            if isinstance(value, Tensor) and 0 < (number := getattr(value, NAME, 0) - origin) < SPAN and value.grad_fn is nodes[number]:
-                words.append(number)  # (most arguments are, and need no more)
-            else:
-                self._add(words, (value,), func)
+    def words(self, func: Any, values: Iterable[Any], kwargs: Any) -> list[Any]:
+        """Arguments as a list that can be compared; a tensor equals nothing where it has a history that no operation showed."""
+        words: list[Any] = []
+        self._add(words, values, func)
         if kwargs:
             words += kwargs
             self._add(words, kwargs.values(), func)
@@ -105,7 +136,8 @@ class Names:
         for value in values:
             kind: Any = type(value)
             if isinstance(value, Tensor):
-                words.append(self.of(value))
+                name = self.of(value)
+                words.append((Tensor, name) if name else object() if self.lost else (value.shape, value.dtype))
             elif kind is float or kind is int:
                 words.append(kind if func in ENTRY_BY_ENTRY else value if kind is int else (float, value))
             elif kind in _AS_THEY_ARE:
@@ -160,15 +192,41 @@ class Draft:
     """Whether a later run can be held against it."""
     steps: list[Step | None] = field(default_factory=list)
 
-    def script(self, trace: Trace, values: Tensor, layouts: Sequence[Layout | None], needed: int, course: tuple[int, int]) -> Script | None:
+    def script(
+        self,
+        trace: Trace,
+        values: Tensor,
+        wanted: Mapping[str, Tensor],
+        layouts: Sequence[Layout | None],
+        needed: int,
+        course: tuple[int, int],
+    ) -> Script | None:
         """The script of the run that is over, where all of it can be told again."""
         placed = tuple([p for p in layouts if p is not None and p.owned is None])
         by_values = trace.routed or any(isinstance(entry, Constant) for entry in trace.course)
         strange = by_values or trace.nested or trace.one_by_one or trace.expanded or len(placed) < len(layouts)
-        output = self.names.of(values)
-        if not self.plain or strange or not trace.uses or not isinstance(output, int) or output < 0:
+        output, outputs = self.names.of(values), values.shape[1:].numel()
+        if not self.plain or strange or not trace.uses or output < 1:
             return None
-        return Script(tuple([step for step in self.steps if step is not None]), output, placed, needed, course)
+        names, n = {id(t): name for name, t in wanted.items()}, len(values)
+        forms = {name: formless(t) for name, t in wanted.items()}
+        uses = zip(trace.uses, placed, strict=True)
+        steps, told = [], []
+        for step in self.steps:
+            if step is not None:
+                mine = []
+                for use, layout in islice(uses, sum(step.uses)):
+                    name = names.get(id(use.part.parameter))
+                    known = step.reads is not None and name is not None and outputs == 1
+                    quick = quickly(use.part, torch.Size(use.shape), layout, n) if known else None
+                    form = formless(use.part.parameter) if name is None else forms[name]
+                    again = f"an input of {use.operation}" if type(use.part) in READ_AGAIN else ""
+                    mine.append(Told(use.slot, name, layout, quick, again, sizes_of(use, form)))
+                if any(use.quick is None for use in mine):
+                    step, mine = step._replace(reads=None), [replace(use, quick=None) for use in mine]
+                steps.append(step)
+                told += mine
+        return Script(tuple(steps), tuple(told), output, outputs, forms, needed, course)
 
 
 class Scribe(Recorder):
@@ -180,30 +238,64 @@ class Scribe(Recorder):
         self.draft = self.trace.draft = Draft(Names((*self.given, *self.wanted.values())), plain)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        draft = self.draft
+        draft, kwargs = self.draft, kwargs or {}
         at, uses = len(draft.steps), len(self.trace.uses)
-        call = draft.names.call(func, args, kwargs)
+        step = _step(draft.names, func, args, kwargs)
         draft.steps.append(None)
         out = super().__torch_function__(func, types, args, kwargs)
-        draft.plain &= _told_again(func, kwargs or {}) and not self.transforming and not draft.names.lost
+        draft.plain &= _told_again(func, kwargs) and not self.transforming and not draft.names.lost
         if draft.plain:
-            step = self._step(call, func, args, kwargs or {}, self.trace.uses[uses:], within=len(draft.steps) > at + 1)
-            draft.steps[at], draft.plain = step, step is not None
+            used = self._used(step, args, kwargs, out, self.trace.uses[uses:], within=len(draft.steps) > at + 1)
+            draft.steps[at], draft.plain = used, used is not None
         draft.names.mark(out, args)
         return out
 
-    def _step(self, call: list[Any], func: Any, args: Any, kwargs: Any, uses: list[Use], *, within: bool) -> Step | None:
-        """The step, None for what cannot be told again."""
+    def _used(self, step: Step, args: Any, kwargs: Any, out: Any, uses: list[Use], *, within: bool) -> Step | None:
+        """The step with its uses, None for what cannot be told again."""
+        func = step.func
         if within:  # (uses are those of the steps inside)
             own = func not in RULES and func not in COMPOSITES and isinstance(func, FunctionType) and _compat.body_of(func) is not None
-            return Step(call, within=True) if own else None
+            return step._replace(within=True) if own else None
         if not uses:
-            return None if func in REPEATED else Step(call)  # (what those do may depend on values)
+            return None if func in REPEATED else step  # (what those do may depend on values)
         if func not in RULES or any(use.func is not func or type(use.part) is ExpandedPart for use in uses):
             return None
         mine = {id(use.part.parameter) for use in uses}
-        told = tuple(id(part.parameter) in mine for part in RULES[func](*args, **kwargs))
-        return Step(call, told) if sum(told) == len(uses) else None
+        parts = list(RULES[func](*args, **kwargs))
+        told = tuple(id(part.parameter) in mine for part in parts)
+        if sum(told) != len(uses):
+            return None
+        fixed = not kwargs and (func not in ENTRY_BY_ENTRY or not step.others)  # (no number that the part depends on may be another)
+        reads = [found for part, mine in zip(parts, told, strict=True) if mine and (found := _reads(part, args, out)) is not None]
+        return step._replace(uses=told, reads=tuple(reads) if fixed and len(reads) == len(uses) else None)
+
+
+def _step(names: Names, func: Any, args: Any, kwargs: Any) -> Step:
+    told = [names.of(value) if isinstance(value, Tensor) else 0 for value in args]
+    named = tuple([(at, name) for at, name in enumerate(told) if name])
+    others = tuple([at for at, name in enumerate(told) if not name])
+    usual = tuple([(at, args[at]) for at in others if _plain(args[at])])
+    words = names.words(func, [args[at] for at in others], kwargs)
+    return Step(func, len(args), named, usual, others, words, bool(kwargs) or len(usual) < len(others))
+
+
+def _plain(value: Any) -> bool:
+    """Whether the very same object is the very same argument, whatever was done since."""
+    kind: Any = type(value)
+    return kind in _AS_THEY_ARE or kind in (bool, float) or (kind in (tuple, torch.Size) and all(map(_plain, value)))
+
+
+def _reads(part: Any, args: Any, out: Any) -> tuple[int, ...] | None:
+    """Which arguments the tensors of a part are; None where they are not, or the part may hold more of the run."""
+    kind: Any = type(part)
+    if out.dtype is not part.parameter.dtype or kind not in (OuterPart, SumPart):
+        return None
+    times = part.times if kind is SumPart else None
+    if times is not None and (type(times) is not FunctionType or times.__closure__ or times.__defaults__):
+        return None
+    places = {id(value): at for at, value in enumerate(args)}
+    found = [places.get(id(t), -1) for t in (part.saved if kind is SumPart else (part.a,))]
+    return None if -1 in found else tuple(found)
 
 
 def _told_again(func: Any, kwargs: Any) -> bool:

@@ -15,6 +15,8 @@ from .._typing import Tensor
 from ..rules import Part
 from .layout import Layout
 
+NO_GRAPH = "f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero"
+
 
 @dataclass(slots=True, eq=False)
 class Use:

@@ -19,7 +19,6 @@ from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from .describe import described, held
 from .engine import Run, native, parameters, solve, taped, vmapped
-from .replay import replayed
 from .trace import Refused, Unplaced
 from .trace import Use as Recorded
 from .walk import Hidden, demand_complete
@@ -55,9 +54,6 @@ def attempt(problem: Problem) -> Attempt:
     nested = doubtful = False
     if inside_transform():
         return Attempt(None, {"capture": "a torch.func transform is running around this call"})
-    known = replayed(problem)
-    if known is not None:
-        return Attempt(known)
     device = problem.targets[0].tensor.device
     for name, runner in RUNNERS.items():
         if name == "taped" and not nested:
