@@ -43,7 +43,6 @@ def solve(problem: Problem, method: str, policy: str) -> Any:
     if budget is not None:
         history, problem = problem.history, replace(problem, budget=None)
         problem.history = history
-    device = problem.targets[0].tensor.device
     if not problem.size:
         return _whole(problem, method, policy)
     if budget is not None:
@@ -55,7 +54,8 @@ def solve(problem: Problem, method: str, policy: str) -> Any:
         if problem.create_graph or not (isinstance(error, TooLarge) or out_of_memory(error)):
             raise
         failed = str(error).partition("\n")[0]
-    found = _within(problem, method, policy, share(device), hold=False)  # (outside the except block: a traceback keeps tensors alive)
+    room = share(problem.targets[0].tensor.device)
+    found = _within(problem, method, policy, room, hold=False)  # (outside the except block: a traceback keeps tensors alive)
     found.plan.notes.append(f"in pieces, since the whole was too large: {failed}")
     return found
 
@@ -64,7 +64,8 @@ def _whole(problem: Problem, method: str, policy: str) -> Any:
     computed, made = compute(problem, method)
     made.check = policy
     found = wrap(problem, computed, made, lambda J, level: inspect(problem, made.method, level, J))
-    verify(problem, found, policy, doubtful=computed.doubtful, course=computed.course, kept=computed.kept)
+    if policy != "never" or computed.doubtful:
+        verify(problem, found, policy, doubtful=computed.doubtful, course=computed.course, kept=computed.kept)
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -55,8 +55,10 @@ PRIVATE = _private is not None and not os.environ.get("PARTIALS_PUBLIC_ONLY")
 """Whether the private calls are there and not switched off (PARTIALS_PUBLIC_ONLY=1 switches them off)."""
 
 
-_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-"""Whether some autocast is on: True says no more than that one must look."""
+rounded: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True) if PRIVATE else lambda: True
+"""Whether autocast is on for some kind of device: True where nobody can say at once."""
+level: Callable[[], int | None] = _private.maybe_current_level if PRIVATE else lambda: 0
+"""The number of the innermost torch.func transform, None outside any; some number where nobody can say."""
 
 PACK = getattr(torch, "_pack_padded_sequence", None)
 """What `pack_padded_sequence` calls; a mode sees no public name of it. Without it, a packed run is taken for one routed by data."""
@@ -121,11 +123,6 @@ def reverse(output: Tensor, seed: Tensor, edges: Sequence[Any], *, create_graph:
     return torch.autograd.grad(output, edges, seed, retain_graph=True, create_graph=create_graph, allow_unused=True)
 
 
-def rounded() -> bool:
-    """Whether autocast is on for any kind of device; True where nobody can say at once."""
-    return _any_autocast() if PRIVATE else True
-
-
 def compiled_somewhere() -> bool:
     """Whether `torch.compile` can have made anything in this process; with public names only, whether its module has been loaded."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
@@ -137,7 +134,7 @@ def compiled_somewhere() -> bool:
 
 def transforming() -> bool:
     """Whether a torch.func transform may be running in this thread, so that tensors must be looked at; True where nobody can say."""
-    return _private.maybe_current_level() is not None if PRIVATE else True
+    return current_level() is not None if PRIVATE else True
 
 
 class _Plain(torch.autograd.Function):

@@ -106,12 +106,6 @@ class Plan:
             self.recorded = self.recorded()
         return self.recorded
 
-    def again(self, asked: Any, outputs: tuple[int, ...], recorded: Any) -> Plan:
-        """The plan of another call of the same kind."""
-        made = object.__new__(Plan)  # (a constructor takes three times as long)
-        vars(made).update(vars(self), asked=asked, outputs=outputs, recorded=recorded, notes=[])
-        return made
-
     def __getstate__(self) -> dict[str, Any]:
         """What was left to be asked is asked before the plan goes to another process, with a report or an error."""
         return {**vars(self), "asked": self.verdicts, "recorded": self.uses}

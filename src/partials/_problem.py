@@ -196,7 +196,11 @@ class Problem:
     def running(self, doing: str) -> AbstractContextManager[object]:
         """Gradients on, inference mode off, the module's buffers as they were afterwards; f's own errors get a note."""
         module = None if self.history is not None and self.history.bufferless else self.module
-        return Running(lambda: f"partials was {doing} for {self.name} ({self.size} samples)", module, twice=self.create_graph)
+        return Running(self.told(doing), module, twice=self.create_graph)
+
+    def told(self, doing: str) -> str:
+        """What an error that came up meanwhile is to say."""
+        return f"partials was {doing} for {self.name} ({self.size} samples)"
 
 
 def normalise(

@@ -23,7 +23,7 @@ from ._plan import LARGE, Plan, TooLarge, Verdict, choose, human_bytes, known
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import Check, Origin
-from ._state import autocast, rng_kept
+from ._state import autocast, noted, ordinary, rng_kept
 from .methods import METHODS, Computed
 from .methods._composite import Composite
 
@@ -50,10 +50,10 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
 
     What could not run in earlier calls of the same kind is asked again now and then only.
     """
-    known(method, NAMES)
     again = _again(problem) if method in ("auto", "capture") else None
     if again is not None:
         return again
+    known(method, NAMES)
     refused: dict[str, str] = {}
     doubtful, history = False, problem.history
     if method == "auto" and history is not None and history.told():
@@ -110,10 +110,18 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
 
 def _again(problem: Problem) -> tuple[Computed, Plan] | None:
     """The answer and its plan, where an earlier run has shown how such a call goes."""
-    if problem.history is None or problem.history.script is None:
+    history, doing = problem.history, "capturing the uses of parameters"
+    if history is None or history.script is None:
         return None
-    with problem.running("capturing the uses of parameters"):
-        computed = capture.replayed(problem)
+    if history.bufferless and ordinary():
+        try:
+            computed = capture.replayed(problem)
+        except Exception as error:
+            noted(error, problem.told(doing))
+            raise
+    else:
+        with problem.running(doing):
+            computed = capture.replayed(problem)
     return None if computed is None else (computed, _captured(problem, computed))
 
 
@@ -152,8 +160,9 @@ def _captured(problem: Problem, computed: Computed) -> Plan:
 
     history, outputs = problem.history, tuple(computed.values.shape[1:])
     if history is not None and history.plan is not None:
-        known: Plan = history.plan
-        return known.again(ask, outputs, computed.uses)
+        made: Plan = object.__new__(Plan)  # (a constructor takes three times as long)
+        made.__dict__ |= history.plan | {"asked": ask, "outputs": outputs, "recorded": computed.uses, "notes": []}
+        return made
     made = Plan(
         function=problem.name,
         method="capture",
@@ -165,14 +174,14 @@ def _captured(problem: Problem, computed: Computed) -> Plan:
         recorded=computed.uses,
     )
     if history is not None:
-        history.plan = made.again((), (), ())
+        history.plan = vars(made) | {"asked": (), "recorded": ()}
     return made
 
 
 def wrap(problem: Problem, computed: Computed, made: Plan, check: Check | None = None) -> Jacobian | InputJacobian:
     """The user's object: rows of parameters, of inputs, or of parameters with those of inputs beside them."""
     values = computed.values if problem.batched else computed.values.squeeze(0)
-    columns, remarks = _form(problem)
+    columns, remarks = (problem.history and problem.history.form) or _form(problem)
     made.notes += [*computed.notes, *remarks]
     aux = None if problem.picker.choice is None else detached(computed.aux)
     origin, inputs = Origin(check, computed.sources), None
@@ -191,20 +200,18 @@ def wrap(problem: Problem, computed: Computed, made: Plan, check: Check | None =
         if not problem.parameters:
             return inputs
     blocks = {t.name: computed.blocks[t.name] for t in problem.parameters} if problem.inputs else computed.blocks
-    leaves = {t.name: t.own for t in problem.parameters}
+    leaves = {}
+    for t in problem.parameters:
+        leaves[t.name] = t.own
     return Jacobian(values, blocks, columns, made, problem.batched, problem.create_graph, aux, origin, inputs, leaves)
 
 
 def _form(problem: Problem) -> tuple[Columns, list[str]]:
     """The columns of parameters, and what is to be said of such a call: asked for once for all calls alike."""
-    history = problem.history
-    if history is not None and history.form is not None:
-        found: tuple[Columns, list[str]] = history.form
-        return found
     shapes = {t.name: problem.shapes[t.name] for t in problem.parameters} if problem.inputs else problem.shapes
     form = Columns(shapes, problem.aliases), _remarks(problem)
-    if history is not None:
-        history.form = form
+    if problem.history is not None:
+        problem.history.form = form
     return form
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from ctypes import string_at
 from types import TracebackType
@@ -30,12 +30,11 @@ class Running(AbstractContextManager["Running"]):
 
     stack: ExitStack | None = None
 
-    def __init__(self, note: Callable[[], str], module: nn.Module | None, *, twice: bool) -> None:
+    def __init__(self, note: str, module: nn.Module | None, *, twice: bool) -> None:
         self.note, self.module, self.twice = note, module, twice
 
     def __enter__(self) -> Self:
-        usual = is_grad_enabled() and not (is_inference_mode_enabled() or rounded() or compiled_somewhere())
-        if not usual or self.module is not None or self.twice:
+        if self.module is not None or self.twice or not ordinary():
             self._enter()
         return self
 
@@ -61,11 +60,20 @@ class Running(AbstractContextManager["Running"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, Exception):
-            note = self.note()
-            if note not in getattr(error, "__notes__", ()):
-                error.add_note(note)
+            noted(error, self.note)
         if self.stack is not None:
             self.stack.__exit__(kind, error, trace)
+
+
+def noted(error: Exception, note: str) -> None:
+    """Add the note to the error, once."""
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def ordinary() -> bool:
+    """Whether f can be run as it is: gradients are on, inference mode and autocast off, and nothing was compiled."""
+    return is_grad_enabled() and not (is_inference_mode_enabled() or rounded() or compiled_somewhere())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 import partials as pt
 from partials import _repeated
 from partials.capture.script import NAME, Names
+from partials.rules import RULES, SumPart
 
 N = 6
 
@@ -369,10 +370,10 @@ def test_a_given_tensor_that_was_written_to_unseen_is_another():
 
 def test_a_constant_of_another_dtype_is_another():
     def f(x, w):
-        return (x * w * torch.ones(3, dtype=kind)).sum(1)
+        return (x * torch.ones(3, dtype=kind) * w).sum(1)
 
     def g(x, w):
-        return (x * w * held).sum(1)
+        return (x * held * w).sum(1)
 
     w = torch.randn(3, requires_grad=True)
     for function in (f, g):
@@ -381,6 +382,21 @@ def test_a_constant_of_another_dtype_is_another():
             J = pt.jacobian(function, x_of().float(), w, check="never")
             assert J.values.dtype is kind and J["w"].dtype is torch.float32
             torch.testing.assert_close(J["w"], x_of().float())
+
+
+def test_a_rule_that_reads_a_number_reads_it_each_time(monkeypatch):
+    def lerp(input, end, weight):
+        yield SumPart(end, scale=weight)
+
+    def f(x, w):
+        return torch.lerp(x, w, weight).sum(1)
+
+    monkeypatch.setitem(RULES, torch.lerp, lerp)
+    w = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    for weight in (0.5, 0.5, 0.25, 0.75, 0.5):
+        J = pt.jacobian(f, x_of(), w, check="never")
+        torch.testing.assert_close(J["w"], torch.full((N, 3), weight, dtype=torch.float64))
+    assert histories()[0].kept == 3
 
 
 def test_the_plan_of_a_run_that_kept_to_its_script_says_what_that_of_the_first_said():

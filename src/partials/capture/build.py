@@ -16,6 +16,7 @@ from .._graph import reached
 from .._pullback import carried
 from .._typing import Tensor
 from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, Part, SumPart, data_of, with_data
+from ..rules.arithmetic import itself
 from .layout import FIRST, Layout
 from .trace import Refused, Use
 
@@ -213,7 +214,8 @@ def _outer_single(part: Any, shape: torch.Size, n: int) -> Quick | None:
 
     def quick(g: Tensor, saved: Saved) -> Block:
         g = g if scale == 1 else g * scale
-        return Outer(like(saved[0][0], g).reshape(*inputs), g.reshape(*outputs), its, stored)
+        a = saved[0][0]
+        return Outer((a if a.dtype is g.dtype else a.to(g.dtype)).reshape(*inputs), g.reshape(*outputs), its, stored)
 
     return quick
 
@@ -226,7 +228,9 @@ def _sum_single(part: Any, shape: torch.Size, n: int) -> Quick | None:
     rows, repeated = (n, 1, *its), [d for d in range(1, rank) if wide[d] == 1 and shape[d] != 1]
 
     def quick(g: Tensor, saved: Saved) -> Block:
-        if times is not None:
+        if times is itself and saved[0][0].dtype is g.dtype:  # (a call of Python less)
+            g = g * saved[0][0]
+        elif times is not None:
             g = g * like(times(*[t for t, _ in saved]), g)
         if scale != 1:
             g = g * scale

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
-from .. import _compat
 from .._blocks import Block
+from .._compat import body_of, level, own_memory, reverse
 from .._errors import PartialsError
 from .._machine import share
 from .._plan import LARGE
@@ -24,8 +25,8 @@ from ..rules import RULES
 from ..rules._parts import keep
 from .build import Saved, block_of, carried_to, merged, zero
 from .describe import described
-from .reverse import cotangents, single
-from .script import NAME, Names, Script, Step
+from .reverse import cotangents
+from .script import NAME, RUNS, SPAN, Names, Script
 from .trace import NO_GRAPH, Refused, Use
 
 
@@ -33,7 +34,7 @@ def replayed(problem: Problem) -> Computed | None:
     """The answer of a run that kept to what is known of the call; None where nothing is known, or the run did not keep to it."""
     history = problem.history
     script: Script = history.script
-    if _compat.inside_transform():
+    if level() is not None:
         return None
     device = problem.targets[0].tensor.device
     if script.needed > LARGE and script.needed > share(device):
@@ -42,9 +43,14 @@ def replayed(problem: Problem) -> Computed | None:
     run = Replay(script, (*[problem.leaves[at].tensor for at in problem.sampled], *[t.tensor for t in problem.targets]))
     with run:
         returned, whole = problem.plainly()
-    if run.kept and run.over(values := problem.picker(returned)) and unmoved(before, device):
+    if (
+        run.kept
+        and next(run.steps, None) is None
+        and run.of(values := problem.picker(returned)) == script.output
+        and unmoved(before, device)
+    ):
         try:
-            found = _answer(problem, run, values, whole)
+            found = _answer(problem, script, run, values, whole)
         except PartialsError:
             raise
         except Exception:  # (Refused, or a reverse pass that fails: the recorder's run says it)
@@ -58,12 +64,14 @@ def replayed(problem: Problem) -> Computed | None:
     return None
 
 
-class Replay(TorchFunctionMode):
-    """Watches a run that is expected to keep to a script. `kept` says whether it has; from where it has not, nothing is recorded."""
+class Replay(Names, TorchFunctionMode):
+    """Watches a run that is expected to keep to a script. `kept` says whether it has; from where it has not, nothing is recorded.
+
+    What stands around every operation of f is written out: a call of Python takes a fifth of what an operation takes.
+    """
 
     def __init__(self, script: Script, given: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.script, self.names = script, Names(given)
+        self.origin, self.nodes, self.given = next(RUNS) * SPAN, [None], given[::-1]  # (as in `Names`)
         self.steps = iter(script.steps)
         self.edges: list[GradientEdge] = []
         self.taken: list[Any] = []
@@ -72,87 +80,68 @@ class Replay(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         step = next(self.steps, None)
-        if step is None or not self._same(step, func, args, kwargs):
-            self._leave()
-            return func(*args, **kwargs) if kwargs else func(*args)
-        if step.within:
-            body = _compat.body_of(func)
-            with self:
-                out = body(*args, **kwargs or {})
-        elif step.reads is not None or not step.uses:
-            out = func(*args, **kwargs) if kwargs else func(*args)
-            if step.uses:
-                out = self._read(step.reads, args, out)
-        else:
-            out = self._use(step, args, kwargs or {})
-        self.names.mark(out, args)
-        return out
-
-    def _leave(self) -> None:
-        self.kept, self.steps = False, iter(())
-
-    def _same(self, step: Step, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether an operation is the expected one, and takes what it took."""
-        its, count, named, usual, others, words, worded, *_ = step
-        if func != its or len(args) != count or _compat.transforming():
-            return False
-        names = self.names
+        if step is None:
+            return self._leave(func, args, kwargs)
+        its, length, named, usual, others, words, worded, uses, reads, within = step
+        if func != its or len(args) != length or level() is not None:
+            return self._leave(func, args, kwargs)
         for at, name in named:
             value = args[at]
             if name > 0:
-                if getattr(value, NAME, 0) - names.origin != name or value.grad_fn is not names.nodes[name]:
-                    return False
-            elif value is not names.given[name] or value.grad_fn is not None:
-                return False
+                if getattr(value, NAME, 0) - self.origin != name or value.grad_fn is not self.nodes[name]:
+                    return self._leave(func, args, kwargs)
+            elif value is not self.given[name] or value.grad_fn is not None:
+                return self._leave(func, args, kwargs)
         for at, value in usual:
             worded = worded or args[at] is not value
-        return not (worded or kwargs) or names.words(func, [args[at] for at in others], kwargs) == words
+        if (worded or kwargs) and self.words(func, [args[at] for at in others], kwargs) != words:
+            return self._leave(func, args, kwargs)
+        if uses:
+            out = self._used(func, args, kwargs or {}, uses, reads)
+        elif within:
+            body = body_of(func)
+            with self:
+                out = body(*args, **kwargs or {})
+        else:
+            out = func(*args, **kwargs) if kwargs else func(*args)
+        self.mark(out, args)
+        return out
 
-    def _read(self, reads: Any, args: Any, out: Tensor) -> Tensor:
-        """Record the uses of an operation, whose blocks are made from these arguments."""
-        out = self._stop(out)
-        for places in reads:
+    def _leave(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.kept, self.steps = False, iter(())
+        return func(*args, **kwargs or {})
+
+    def _used(self, func: Any, args: Any, kwargs: Any, uses: tuple[bool, ...], reads: Any) -> Any:
+        """Run an operation and record its uses: what their blocks are made from, or what the operation's rule says of them."""
+        parts = tuple(RULES[func](*args, **kwargs)) if reads is None else ()
+        out = func(*args, **kwargs)
+        if out._is_view():
+            out, _ = own_memory(out)
+        node = out.grad_fn
+        if node is None or (reads is None and len(parts) != len(uses)):
+            self.kept, self.steps = False, iter(())
+            return out
+        self.edges.append(GradientEdge(node, out.output_nr))
+        for places in reads or ():
             saved: Saved = ()
             for at in places:
                 t = args[at]
                 t = t.detach() if t.requires_grad else t
                 saved += ((t, t._version),)
             self.taken.append(saved)
-        return out
-
-    def _use(self, step: Step, args: Any, kwargs: Any) -> Tensor:
-        """Record the uses of an operation as its rule tells them."""
-        parts = tuple(RULES[step.func](*args, **kwargs))
-        out = self._stop(step.func(*args, **kwargs))
-        if len(parts) != len(step.uses):
-            self._leave()
-            return out
-        for part, wanted in zip(parts, step.uses, strict=True):
+        for part, wanted in zip(parts, uses, strict=reads is None):
             if wanted:
-                slot = len(self.edges) - 1
-                self.taken.append(Use(step.func, part, slot, out.shape, saved=tuple(keep(part, attached=False))))
+                self.taken.append(Use(func, part, len(self.edges) - 1, out.shape, saved=tuple(keep(part, attached=False))))
         return out
 
-    def _stop(self, out: Tensor) -> Tensor:
-        """The reverse pass stops at this tensor: a use's output."""
-        if out._is_view():
-            out, _ = _compat.own_memory(out)
-        node = out.grad_fn
-        if node is None:
-            self._leave()
-        else:
-            self.edges.append(GradientEdge(node, out.output_nr))
-        return out
 
-    def over(self, values: Tensor) -> bool:
-        """Whether the script ends here as well, with the same output."""
-        return next(self.steps, None) is None and self.names.of(values) == self.script.output
-
-
-def _answer(problem: Problem, run: Replay, values: Tensor, whole: Any) -> Computed:
+def _answer(problem: Problem, script: Script, run: Replay, values: Tensor, whole: Any) -> Computed:
     """The reverse pass and the blocks of a run that kept to its script."""
-    script, size, one = run.script, problem.size, run.script.outputs == 1
-    found: Any = single(values, run.edges, create_graph=False) if one else cotangents(values, run.edges, create_graph=False)
+    size, one = problem.size, script.outputs == 1
+    if one and values.requires_grad:
+        found: Any = reverse(values, torch.ones_like(values), run.edges, create_graph=False)
+    else:
+        found = cotangents(values, run.edges, create_graph=False)
     blocks: dict[str, tuple[Block, ...]] = dict.fromkeys(script.wanted, ())
     sources = []
     for told, use in zip(script.uses, run.taken, strict=True):

@@ -30,7 +30,7 @@ from .routes import Constant, writes
 from .trace import Trace, Use
 
 NAME = "_partials_step"
-_RUNS = itertools.count(1)
+RUNS = itertools.count(1)
 SPAN = 2**32
 _OF_TORCH = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, MethodWrapperType, GetSetDescriptorType)
 _TRUE, _FALSE = (bool, True), (bool, False)  # (True == 1, but a sum over dimension 1 is no sum with keepdim)
@@ -100,15 +100,13 @@ class Names:
     A result carries its number as an attribute. Its graph node is kept as well, since a tensor that was written to unseen has another.
     """
 
-    __slots__ = ("given", "lost", "nodes", "origin", "places")
+    places: dict[int, int] | None = None
+    lost = False
+    """Whether a tensor was met whose history no operation showed."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
-        self.origin = next(_RUNS) * SPAN
+        self.origin, self.nodes = next(RUNS) * SPAN, list[Any]((None,))
         self.given = given[::-1]  # (so that the names are its indices)
-        self.places: dict[int, int] | None = None
-        self.nodes: list[Any] = [None]
-        self.lost = False
-        """Whether a tensor was met whose history no operation showed."""
 
     def of(self, t: Tensor) -> int:
         """The name of a tensor, 0 of one without."""
