@@ -1,4 +1,7 @@
-"""What all tests share: device and dtype from the environment, fixed seeds, slow and cuda tests, hypothesis profiles."""
+"""What all tests share: device and dtype from the environment, fixed seeds, slow and cuda tests, hypothesis profiles.
+
+`DEVICE=cuda pytest` makes the tests' tensors on that device, also those of tests that name none.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "DEVICE" in os.environ:
+        torch.set_default_device(os.environ["DEVICE"])
     if not config.getoption("--hypothesis-profile"):
         hypothesis.settings.load_profile("all" if config.getoption("--run-slow") else "ci")
 
