@@ -18,7 +18,7 @@ from ._algebra import Blocks, pairs, squared_norms, sum_of
 from ._blocks import Block, Factored, size_of
 from ._factors import Outer
 from ._gather import across, cat, contracted, folded, in_chunks, own, widest
-from ._products import dots, rows_by_rows
+from ._products import dots, rows_by_rows, strip_of
 from ._typing import Tensor
 from ._vectors import Row, Weight
 
@@ -92,11 +92,12 @@ class Sums:
     def gram(self, other: Sums) -> Tensor:
         """<J[n, c], K[m, d]>: (N, C, M, D)."""
         mine, its = self._once, other._once
+        alone = other is self and not self.attached
         common = [names for names in mine if names in its]
         joined = {name for names in common for name in names}
         rest = [name for name in self.blocks if name not in joined]
         left, right = ({name: side.blocks[name] for name in rest} for side in (self, other))
-        parts = (_gram(mine[names], its[names]) for names in common)
+        parts = _own_grams([mine[names] for names in common]) if alone else (_gram(mine[names], its[names]) for names in common)
         return sum_of([*parts, pairs(lambda a, b: a.gram(b), left, right)] if rest else parts)
 
     @property
@@ -236,7 +237,8 @@ def _alike(left: Members, right: Members, products: Callable[[Tensor, Tensor], T
     """The sum over members of products of what their cotangents meet: inputs, or the one of a bias."""
     pairs = [(x.once, y.once) for (_, x), (_, y) in zip(left, right, strict=True)]
     found = sum_of(products(*widest(a, b)) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
-    return found + sum(not isinstance(a, Tensor) for a, _ in pairs)
+    ones = sum(not isinstance(a, Tensor) for a, _ in pairs)
+    return found.add_(ones) if ones and not found.requires_grad else found + ones
 
 
 def _squared_norms(members: Members) -> Tensor:
@@ -247,6 +249,26 @@ def _squared_norms(members: Members) -> Tensor:
 def _own_gram(members: Members) -> Tensor:
     g = _bare(members[0][1].cotangent)
     return own(g, g) * _alike(members, members, dots)[:, None, None]
+
+
+def _own_grams(groups: list[Members]) -> list[Tensor]:
+    """The sum over the groups of the products of their rows with themselves: from the diagonal on, and mirrored once they are added."""
+    sides = [(widest(_bare(members[0][1].cotangent).flatten(2))[0], members) for members in groups]
+    if not sides:
+        return []
+    n, c = sides[0][0].shape[:2]
+    rows = [g.flatten(0, 1) for g, _ in sides]
+    found = rows[0].new_empty(n, c, n, c)
+    step = -(-strip_of(n * c) // max(1, c))
+    for start in range(0, n, step):
+        here, on = slice(start, start + step), slice(start, None)
+        tile = found[here, :, on]
+        for i, (_, members) in enumerate(sides):
+            met = torch.mm(rows[i][start * c : (start + step) * c], rows[i][start * c :].T).view(tile.shape)
+            alike = _alike(members, members, lambda a, b: a[here] @ b[on].T)[:, None, :, None].to(met.dtype)  # noqa: B023
+            tile.addcmul_(met, alike) if i else torch.mul(met, alike, out=tile)
+        found[here, :, :start] = found[:start, :, here].permute(2, 3, 0, 1)
+    return [found]
 
 
 def _gram(left: Members, right: Members) -> Tensor:

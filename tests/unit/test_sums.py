@@ -104,6 +104,13 @@ def test_every_sum(kind, n, c, room, attached):
         near(sums.gram(sums), torch.einsum("ncp,mdp->ncmd", rows, rows))
 
 
+@pytest.mark.parametrize(("n", "c"), [(300, 1), (70, 3), (3, 200), (1030, 1), (0, 2)])
+def test_a_gram_matrix_that_is_computed_in_strips(n, c):
+    blocks = {**layer(n, c, 5, 4), **{f"{name} of two": group for name, group in layer(n, c, 3, 2).items()}}
+    rows, sums = rows_of(blocks), Sums(blocks)
+    near(sums.gram(sums), torch.einsum("ncp,mdp->ncmd", rows, rows))
+
+
 def test_two_jacobians_of_which_one_shares():
     shared = layer(3, 2, 5, 4)
     apart: Blocks = {"weight": layer(4, 2, 5, 4)["weight"], "bias": (Dense(randn(4, 2, 4)),)}
@@ -114,14 +121,13 @@ def test_two_jacobians_of_which_one_shares():
 @pytest.mark.parametrize("c", [1, 3])
 def test_a_shared_cotangent_is_met_once(c, monkeypatch):
     met: list[str] = []
-    for name in ("contracted", "folded", "across", "dots"):
+    for name in ("contracted", "folded", "dots"):
         inner = getattr(_sums, name)
         monkeypatch.setattr(_sums, name, lambda *args, inner=inner, name=name: (met.append(name), inner(*args))[1])
     J = pt.jacobian(torch.nn.Linear(5, c), torch.randn(6, 5))
     J @ torch.randn(J.shape[-1], 2)
     J.T @ torch.randn(*J.shape[:-1], 2)
-    J.gram()
-    assert met == ["contracted", "folded", "across"]
+    assert met == ["contracted", "folded"]
     J.norms()
     assert met[-2:] == ["dots", "dots"]
 
@@ -139,10 +145,10 @@ class Reads(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_vector_meets_a_shared_cotangent_once():
+def test_a_shared_cotangent_is_read_once():
     J = pt.jacobian(torch.nn.Linear(5, 3), torch.randn(6, 5))
     v, u, g = torch.randn(J.shape[-1]), torch.randn(J.shape[:-1]), J.blocks["weight"][0].cotangent
-    for product in (lambda: J @ v, lambda: J.T @ u):
+    for product in (lambda: J @ v, lambda: J.T @ u, J.gram):
         with Reads(g) as reads:
             product()
         assert reads.count == 1
