@@ -255,7 +255,7 @@ def _remember(key: Hashable, root: nn.Module | None, problem: Problem, f: Functi
         targets = tuple((t.name, places[id(t.own)]) for t in problem.targets)
         attributes |= {"targets": (), "parameters": ()}
     leaves = tuple((leaf.name, leaf.argument, places[id(leaf.tensor)], leaf.dim) for leaf in problem.leaves)
-    history = History(bufferless=tree is None or tree.bufferless, straight=not problem.spared and problem.randomness == "error")
+    history = History(bufferless=tree is None or tree.bufferless, straight=not problem.spared)
     known = Known({**attributes, "history": history}, leaves, targets, tree, history)
     problem.history = history
     with _LOCK:
