@@ -258,7 +258,7 @@ def _remember(key: Hashable, root: nn.Module | None, problem: Problem, f: Functi
         attributes |= {"targets": (), "parameters": ()}
     leaves = tuple((leaf.name, leaf.argument, places[id(leaf.tensor)], leaf.dim) for leaf in problem.leaves)
     plain = problem.module is None or not without_backward(problem.module, twice=problem.create_graph)
-    history = History(bufferless=plain and (tree is None or tree.bufferless), straight=not problem.spared and problem.randomness == "error")
+    history = History(bufferless=plain and (tree is None or tree.bufferless), straight=not problem.spared)
     known = Known({**attributes, "history": history}, leaves, targets, tree, history)
     problem.history = history
     with _LOCK:
