@@ -1,4 +1,7 @@
-"""What all tests share: device and dtype from the environment, fixed seeds, slow and cuda tests, hypothesis profiles."""
+"""What all tests share: device and dtype from the environment, fixed seeds, slow and cuda tests, hypothesis profiles.
+
+`DEVICE=cuda pytest` makes the tests' tensors on that device, also those of tests that name none.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,13 @@ class _TorchRandom:
     setstate = staticmethod(torch.set_rng_state)
 
 
+class _Generator(torch.Generator):
+    """One of the device that tensors are made on, where none is named."""
+
+    def __new__(cls, device: torch.device | str | None = None) -> _Generator:
+        return super().__new__(cls, torch.get_default_device() if device is None else device)
+
+
 _RANDOM = _TorchRandom()  # hypothesis holds it by a weak reference only
 hypothesis.register_random(_RANDOM)
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20)
@@ -31,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "DEVICE" in os.environ:
+        torch.set_default_device(os.environ["DEVICE"])
+        torch.Generator = _Generator
     if not config.getoption("--hypothesis-profile"):
         hypothesis.settings.load_profile("all" if config.getoption("--run-slow") else "ci")
 

@@ -9,7 +9,8 @@ from itertools import combinations
 import torch
 
 from . import _room
-from ._blocks import Block, Dense, size_of
+from ._blocks import Block, Dense, Index, ranges, size_of
+from ._errors import InputError, listed
 from ._typing import Tensor
 
 Blocks = Mapping[str, tuple[Block, ...]]
@@ -38,7 +39,7 @@ def products(left: Blocks, right: Blocks, weights: Tensor) -> dict[str, Tensor]:
     return {name: sum_of([a.products(b, weights) for a in group for b in right[name]]) for name, group in left.items()}
 
 
-def select(blocks: Blocks, index: Tensor) -> dict[str, tuple[Block, ...]]:
+def select(blocks: Blocks, index: Index) -> dict[str, tuple[Block, ...]]:
     return {name: tuple(block.select(index) for block in group) for name, group in blocks.items()}
 
 
@@ -81,6 +82,21 @@ def normal(blocks: Blocks, matrix: Tensor | None) -> Tensor:
     return parts[0]
 
 
+def demand_finite(squares: Mapping[str, Tensor]) -> None:
+    """InputError that names the samples whose squared norms, (N, 1) of each parameter, are not finite; one answer of the device for all."""
+    together = torch.cat([square.flatten() for square in {id(square): square for square in squares.values()}.values()])
+    if bool(together.isfinite().all()):
+        return
+    for name, square in squares.items():
+        if bad := (~square.isfinite()).flatten().nonzero().flatten().tolist():
+            raise InputError(
+                "clipped_sum met rows that are not finite",
+                got=f"samples {listed(bad)} of {name!r}",
+                expected="finite gradients",
+                hint="drop these samples: J[mask]",
+            )
+
+
 def other_norms(blocks: Blocks, order: float) -> Tensor:
     """Norms other than the Euclidean one, from rows formed a few samples at a time: (N, C)."""
     return torch.cat(
@@ -94,7 +110,7 @@ def in_pieces(blocks: Blocks) -> Iterator[Blocks]:
     step = max(1, _room.rows() // max(1, 8 * c * _width(blocks)))
     if n <= step:
         return iter([blocks])
-    return (select(blocks, index) for index in torch.arange(n).split(step))
+    return (select(blocks, piece) for piece in ranges(n, step))
 
 
 def _width(blocks: Blocks) -> int:

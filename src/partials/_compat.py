@@ -9,7 +9,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +57,8 @@ PRIVATE = _private is not None and not os.environ.get("PARTIALS_PUBLIC_ONLY")
 
 rounded: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True) if PRIVATE else lambda: True
 """Whether autocast is on for some kind of device: True where nobody can say at once."""
-level: Callable[[], int | None] = _private.maybe_current_level if PRIVATE else lambda: 0
-"""The number of the innermost torch.func transform, None outside any; some number where nobody can say."""
+transform_now: Callable[[], int | None] = _private.maybe_current_level if PRIVATE else lambda: -1
+"""The number of the innermost running torch.func transform, None outside any, -1 where nobody can say."""
 
 PACK = getattr(torch, "_pack_padded_sequence", None)
 """What `pack_padded_sequence` calls; a mode sees no public name of it. Without it, a packed run is taken for one routed by data."""
@@ -107,6 +107,23 @@ def batched(t: Tensor, level: int) -> Tensor:
     return _private._add_batch_dim(t, 0, level)
 
 
+def first_mapped(t: Tensor) -> Tensor | None:
+    """The tensor beneath one vmap that maps its first dimension; t itself where nothing wraps it, None where that is not how it lies."""
+    if not _private.is_functorch_wrapped_tensor(t):
+        return t
+    raw: Tensor = _private.get_unwrapped(t)
+    return raw if _private.maybe_get_bdim(t) == 0 and not _private.is_functorch_wrapped_tensor(raw) else None
+
+
+def node_beneath(t: Tensor) -> Any:
+    """The graph node of the tensor beneath one vmap, or of t itself."""
+    return _private.get_unwrapped(t).grad_fn if _private.is_functorch_wrapped_tensor(t) else t.grad_fn
+
+
+Below: Any = getattr(torch._C, "_DisableFuncTorch", nullcontext)
+"""A context for operations on tensors that nothing wraps: as if no transform were running, so that torch does not decompose them."""
+
+
 def current_level() -> int | None:
     """The number of the innermost running torch.func transform, None outside any."""
     return _private.maybe_current_level() if _private is not None else None
@@ -145,7 +162,7 @@ class _Plain(torch.autograd.Function):
         return context_and_input[1]
 
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 
 
 def inside_transform() -> bool:
@@ -196,7 +213,8 @@ def is_compiled(module: torch.nn.Module) -> bool:
 def own_memory(z: Tensor) -> tuple[Tensor, Tensor]:
     """`z` and the tensor beneath its vmap levels, no longer a view: later in-place operations on z leave its gradient edge right."""
     if transform_of(z) != "vmap":
-        fresh = torch.ops.aten._unsafe_view(z, z.shape)
+        with Below():
+            fresh = torch.ops.aten._unsafe_view(z, z.shape)
         return fresh, fresh
     below, bottom = own_memory(_private.get_unwrapped(z))
     return _private._add_batch_dim(below, _private.maybe_get_bdim(z), _private.maybe_get_level(z)), bottom

@@ -174,7 +174,7 @@ class _Counter(TorchFunctionMode):
         if state is not None and state != random_state():
             self.random[(resolve_name(func) or getattr(func, "__name__", "a random operation")).removeprefix("torch.")] = None
         self.differentiates |= func is torch.autograd.grad
-        self.once |= func is F.linear_cross_entropy and not getattr(kwargs.get("options"), "allow_retain_graph", True)
+        self.once |= func is getattr(F, "linear_cross_entropy", None) and not getattr(kwargs.get("options"), "allow_retain_graph", True)
         if func in STATISTICS:
             self.normalises = True
             self.differentiates |= transform_of(args[0] if args else kwargs["input"]) != ""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import call, is_
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -22,7 +22,7 @@ from ._modules import modules
 from ._output import per_sample_loss
 from ._problem import Problem, normalise
 from ._signature import Leaf
-from ._state import rounding
+from ._state import rounding, without_backward
 from ._targets import Target
 from ._typing import Function, Tensor
 
@@ -63,7 +63,7 @@ class History:
     measured: dict[Hashable, tuple[float, float]] = field(default_factory=dict)
     """Method -> bytes of a sample and of none, where there is a budget."""
     bufferless: bool = False
-    """The module has no buffers that a run could write to."""
+    """The module has no buffers that a run could write to, and no recurrent layers that cuDNN cannot differentiate."""
     straight: bool = True
     """f can be run on the user's own tensors as they are."""
 
@@ -217,6 +217,8 @@ def _key(
         code: Any = getattr(f.forward, "__func__", None)
     elif type(f) is FunctionType and (params is None or isinstance(params, nn.Module)):
         code = None if hasattr(f, "__wrapped__") else f.__code__
+    elif type(f) is MethodType and type(f.__func__) is FunctionType and isinstance(params, nn.Module):
+        code = None if hasattr(f, "__wrapped__") else f.__func__.__code__
     else:
         return None
     if root is not None and type(root).__hash__ is not object.__hash__:  # (equal modules need not be one module)
@@ -274,7 +276,8 @@ def _remember(key: Hashable, root: nn.Module | None, problem: Problem, f: Functi
         targets = tuple((t.name, places[id(t.own)]) for t in problem.targets)
         attributes |= {"targets": (), "parameters": ()}
     leaves = tuple((leaf.name, leaf.argument, places[id(leaf.tensor)], leaf.dim) for leaf in problem.leaves)
-    history = History(bufferless=tree is None or tree.bufferless, straight=not problem.spared and problem.randomness == "error")
+    plain = problem.module is None or not without_backward(problem.module, twice=problem.create_graph)
+    history = History(bufferless=plain and (tree is None or tree.bufferless), straight=not problem.spared)
     known = Known({**attributes, "history": history}, leaves, targets, tree, history)
     problem.history = history
     with _LOCK:

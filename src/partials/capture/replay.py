@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from .._blocks import Block
-from .._compat import body_of, level, own_memory, reverse
+from .._compat import body_of, reverse, transform_now
 from .._errors import PartialsError
 from .._machine import share
 from .._plan import LARGE
@@ -21,34 +21,27 @@ from .._problem import Problem
 from .._state import generators, put_back, unmoved
 from .._typing import Tensor
 from ..methods._base import Computed
-from ..rules import RULES
+from ..rules import RULES, Part
 from ..rules._parts import keep
+from .beneath import at_once, settled
 from .build import Saved, block_of, carried_to, merged, zero
 from .describe import described
+from .engine import apart, unfolded
 from .reverse import cotangents
-from .script import NAME, RUNS, SPAN, Names, Script
+from .script import NAME, Names, Script
 from .trace import NO_GRAPH, Refused, Use
 
 
 def replayed(problem: Problem) -> Computed | None:
-    """The answer of a run that kept to what is known of the call; None where nothing is known, or the run did not keep to it."""
+    """The answer of a run that kept to the script that is known of the call; None where it did not."""
     history = problem.history
     script: Script = history.script
-    if level() is not None:
-        return None
     device = problem.targets[0].tensor.device
-    if script.needed > LARGE and script.needed > share(device):
+    if transform_now() is not None or (script.needed > LARGE and script.needed > share(device)):
         return None
-    before = generators(device)
-    run = Replay(script, (*[problem.leaves[at].tensor for at in problem.sampled], *[t.tensor for t in problem.targets]))
-    with run:
-        returned, whole = problem.plainly()
-    if (
-        run.kept
-        and next(run.steps, None) is None
-        and run.of(values := problem.picker(returned)) == script.output
-        and unmoved(before, device)
-    ):
+    before, run = generators(device), Replay(problem, script)
+    values, whole = _run(problem, script, run)
+    if run.kept and (problem.randomness != "error" or unmoved(before, device)):
         try:
             found = _answer(problem, script, run, values, whole)
         except PartialsError:
@@ -64,64 +57,104 @@ def replayed(problem: Problem) -> Computed | None:
     return None
 
 
+def _run(problem: Problem, script: Script, run: Replay) -> tuple[Any, Any]:
+    """What f has returned: the output, and what its function returned without a loss; the run says whether it has kept to its script."""
+    if script.runner == "vmapped":
+        try:
+            return apart(problem, {t.name: t.tensor for t in problem.targets}, run), None
+        except Exception:  # (the recorder's run says what fails, and whether it fails elsewhere too)
+            run.leave()
+            return None, None
+    with run:
+        returned, whole = problem.plainly()
+    values = problem.picker(returned) if run.kept else None
+    if values is not None:
+        run.ends(values)
+    return values, whole
+
+
 class Replay(Names, TorchFunctionMode):
     """Watches a run that is expected to keep to a script. `kept` says whether it has; from where it has not, nothing is recorded.
 
     What stands around every operation of f is written out: a call of Python takes a fifth of what an operation takes.
     """
 
-    def __init__(self, script: Script, given: Sequence[Tensor]) -> None:
-        self.origin, self.nodes, self.given = next(RUNS) * SPAN, [None], given[::-1]  # (as in `Names`)
-        self.steps = iter(script.steps)
+    kept = True
+    level: int | None = None
+
+    def __init__(self, problem: Problem, script: Script) -> None:
+        self.wanted, self.size = [t.tensor for t in problem.targets], problem.size
+        super().__init__([*[problem.leaves[at].tensor for at in problem.sampled], *self.wanted])
+        self.steps, self.output = iter(script.steps), script.output
         self.edges: list[GradientEdge] = []
+        self.folded: dict[int, torch.Size] = {}
         self.taken: list[Any] = []
         """Of each use: what its block is made from, or the use itself where that takes more."""
-        self.kept = True
+
+    def begins(self, samples: Sequence[Tensor], level: int | None) -> None:
+        """Samples are run apart by the vmap of that level."""
+        Names.__init__(self, [*samples, *self.wanted], mapped=True)
+        self.level = level
+
+    def ends(self, values: Tensor) -> None:
+        """f is over and has returned these."""
+        if next(self.steps, None) is not None or self.of(values) != self.output:
+            self.kept = False
+
+    def leave(self) -> None:
+        """The run does not keep to the script."""
+        self.kept, self.steps = False, iter(())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         step = next(self.steps, None)
         if step is None:
-            return self._leave(func, args, kwargs)
+            return self._without(func, args, kwargs)
         its, length, named, usual, others, words, worded, uses, reads, within = step
-        if func != its or len(args) != length or level() is not None:
-            return self._leave(func, args, kwargs)
+        if func != its or len(args) != length or transform_now() != self.level:
+            return self._without(func, args, kwargs)
+        history = self.history
         for at, name in named:
             value = args[at]
             if name > 0:
-                if getattr(value, NAME, 0) - self.origin != name or value.grad_fn is not self.nodes[name]:
-                    return self._leave(func, args, kwargs)
-            elif value is not self.given[name] or value.grad_fn is not None:
-                return self._leave(func, args, kwargs)
+                if getattr(value, NAME, 0) - self.origin != name or history(value) is not self.nodes[name]:
+                    return self._without(func, args, kwargs)
+            elif value is not self.given[name] or history(value) is not None:
+                return self._without(func, args, kwargs)
         for at, value in usual:
             worded = worded or args[at] is not value
         if (worded or kwargs) and self.words(func, [args[at] for at in others], kwargs) != words:
-            return self._leave(func, args, kwargs)
+            return self._without(func, args, kwargs)
         if uses:
             out = self._used(func, args, kwargs or {}, uses, reads)
         elif within:
             body = body_of(func)
             with self:
                 out = body(*args, **kwargs or {})
-        else:
+        elif self.level is None:
             out = func(*args, **kwargs) if kwargs else func(*args)
+        else:
+            out = at_once(func, args, kwargs, self.level, self.size)
         self.mark(out, args)
         return out
 
-    def _leave(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.kept, self.steps = False, iter(())
+    def _without(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.leave()
         return func(*args, **kwargs or {})
 
     def _used(self, func: Any, args: Any, kwargs: Any, uses: tuple[bool, ...], reads: Any) -> Any:
         """Run an operation and record its uses: what their blocks are made from, or what the operation's rule says of them."""
-        parts = tuple(RULES[func](*args, **kwargs)) if reads is None else ()
-        out = func(*args, **kwargs)
-        if out._is_view():
-            out, _ = own_memory(out)
-        node = out.grad_fn
+        parts: Sequence[Part] = () if reads is not None else tuple(RULES[func](*args, **kwargs))
+        out = at_once(func, args, kwargs, self.level, self.size)
+        owner, place, slot = out, None, len(self.edges)
+        if reads is None or out._is_view():
+            out, owner, folded, place, parts = settled(func, out, parts, mapped=self.level is not None)
+            if folded is not None:
+                self.folded[slot] = folded
+        node = owner.grad_fn
         if node is None or (reads is None and len(parts) != len(uses)):
-            self.kept, self.steps = False, iter(())
+            self.leave()
             return out
-        self.edges.append(GradientEdge(node, out.output_nr))
+        self.edges.append(GradientEdge(node, owner.output_nr))
         for places in reads or ():
             saved: Saved = ()
             for at in places:
@@ -130,8 +163,9 @@ class Replay(Names, TorchFunctionMode):
                 saved += ((t, t._version),)
             self.taken.append(saved)
         for part, wanted in zip(parts, uses, strict=reads is None):
-            if wanted:
-                self.taken.append(Use(func, part, len(self.edges) - 1, out.shape, saved=tuple(keep(part, attached=False))))
+            if wanted and place is not None:
+                saved = tuple(keep(part, attached=False))
+                self.taken.append(Use(func, part, slot, place.shape, place.order, place.merged, saved=saved))
         return out
 
 
@@ -142,6 +176,8 @@ def _answer(problem: Problem, script: Script, run: Replay, values: Tensor, whole
         found: Any = reverse(values, torch.ones_like(values), run.edges, create_graph=False)
     else:
         found = cotangents(values, run.edges, create_graph=False)
+    if run.folded:
+        found = unfolded(run.folded, found, 0 if one else 1)
     blocks: dict[str, tuple[Block, ...]] = dict.fromkeys(script.wanted, ())
     sources = []
     for told, use in zip(script.uses, run.taken, strict=True):
@@ -169,7 +205,7 @@ def _answer(problem: Problem, script: Script, run: Replay, values: Tensor, whole
         [] if values.requires_grad else [NO_GRAPH],
         whole,
         tuple(sources),
-        lambda: described([told.sizes for told in script.uses], script.wanted, size, [told.layout for told in script.uses]),
+        lambda: described([told.sizes for told in script.uses], script.wanted, size, [told.layout for told in script.uses], script.runner),
         course=lambda: script.course,
         kept=True,
     )

@@ -9,9 +9,10 @@ operation of torch's own on named tensors, whose graph leads to its arguments an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from .routes import Constant, writes
 from .trace import Trace, Use
 
 NAME = "_partials_step"
-RUNS = itertools.count(1)
+_RUNS = itertools.count(1)
 SPAN = 2**32
 _OF_TORCH = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, MethodWrapperType, GetSetDescriptorType)
 _TRUE, _FALSE = (bool, True), (bool, False)  # (True == 1, but a sum over dimension 1 is no sum with keepdim)
@@ -81,6 +82,8 @@ class Told:
 class Script:
     """A run, and what was found out about it."""
 
+    runner: str
+    """native or vmapped."""
     steps: tuple[Step, ...]
     uses: tuple[Told, ...]
     output: int
@@ -100,21 +103,25 @@ class Names:
     A result carries its number as an attribute. Its graph node is kept as well, since a tensor that was written to unseen has another.
     """
 
+    history: Callable[[Any], Any] = attrgetter("grad_fn")
+    """A tensor's graph node."""
     places: dict[int, int] | None = None
     lost = False
     """Whether a tensor was met whose history no operation showed."""
 
-    def __init__(self, given: Sequence[Tensor]) -> None:
-        self.origin, self.nodes = next(RUNS) * SPAN, list[Any]((None,))
+    def __init__(self, given: Sequence[Tensor], *, mapped: bool = False) -> None:
+        self.origin, self.nodes = next(_RUNS) * SPAN, list[Any]((None,))
         self.given = given[::-1]  # (so that the names are its indices)
+        if mapped:
+            self.history = _compat.node_beneath
 
     def of(self, t: Tensor) -> int:
         """The name of a tensor, 0 of one without."""
         number: int = getattr(t, NAME, 0) - self.origin
         if 0 < number < SPAN:
-            if t.grad_fn is self.nodes[number]:
+            if self.history(t) is self.nodes[number]:
                 return number
-        elif t.grad_fn is None:
+        elif self.history(t) is None:
             if self.places is None:
                 self.places = {id(t): -i for i, t in enumerate(reversed(self.given), 1)}
             return self.places.get(id(t), 0)
@@ -135,7 +142,8 @@ class Names:
             kind: Any = type(value)
             if isinstance(value, Tensor):
                 name = self.of(value)
-                words.append((Tensor, name) if name else object() if self.lost else (value.shape, value.dtype))
+                form = value.shape, value.dtype, _compat.transform_of(value)
+                words.append((Tensor, name) if name else object() if self.lost else form)
             elif kind is float or kind is int:
                 words.append(kind if func in ENTRY_BY_ENTRY else value if kind is int else (float, value))
             elif kind in _AS_THEY_ARE:
@@ -157,10 +165,10 @@ class Names:
             for value in args:
                 if value is out:  # (x.contiguous() may be x; relu in place is x with another history)
                     if 0 < (number := getattr(out, NAME, 0) - self.origin) < SPAN:
-                        self.nodes[number] = out.grad_fn
+                        self.nodes[number] = self.history(out)
                     return
             setattr(out, NAME, self.origin + len(self.nodes))
-            self.nodes.append(out.grad_fn)
+            self.nodes.append(self.history(out))
         elif isinstance(out, tuple | list):
             for _, t in walk(out, ""):
                 self.mark(t, args)
@@ -189,10 +197,13 @@ class Draft:
     plain: bool
     """Whether a later run can be held against it."""
     steps: list[Step | None] = field(default_factory=list)
+    output: int = 0
+    """The name of what f has returned."""
 
     def script(
         self,
         trace: Trace,
+        runner: str,
         values: Tensor,
         wanted: Mapping[str, Tensor],
         layouts: Sequence[Layout | None],
@@ -203,10 +214,9 @@ class Draft:
         placed = tuple([p for p in layouts if p is not None and p.owned is None])
         by_values = trace.routed or any(isinstance(entry, Constant) for entry in trace.course)
         strange = by_values or trace.nested or trace.one_by_one or trace.expanded or len(placed) < len(layouts)
-        output, outputs = self.names.of(values), values.shape[1:].numel()
-        if not self.plain or strange or not trace.uses or output < 1:
+        if not self.plain or strange or not trace.uses or self.output < 1:
             return None
-        names, n = {id(t): name for name, t in wanted.items()}, len(values)
+        names, n, outputs = {id(t): name for name, t in wanted.items()}, len(values), values.shape[1:].numel()
         forms = {name: formless(t) for name, t in wanted.items()}
         uses = zip(trace.uses, placed, strict=True)
         steps, told = [], []
@@ -215,7 +225,7 @@ class Draft:
                 mine = []
                 for use, layout in islice(uses, sum(step.uses)):
                     name = names.get(id(use.part.parameter))
-                    known = step.reads is not None and name is not None and outputs == 1
+                    known = step.reads is not None and name is not None and outputs == 1 and runner == "native"
                     quick = quickly(use.part, torch.Size(use.shape), layout, n) if known else None
                     form = formless(use.part.parameter) if name is None else forms[name]
                     again = f"an input of {use.operation}" if type(use.part) in READ_AGAIN else ""
@@ -224,7 +234,7 @@ class Draft:
                     step, mine = step._replace(reads=None), [replace(use, quick=None) for use in mine]
                 steps.append(step)
                 told += mine
-        return Script(tuple(steps), tuple(told), output, outputs, forms, needed, course)
+        return Script(runner, tuple(steps), tuple(told), self.output, outputs, forms, needed, course)
 
 
 class Scribe(Recorder):
@@ -235,13 +245,21 @@ class Scribe(Recorder):
         plain = all(t.grad_fn is None for t in self.wanted.values())
         self.draft = self.trace.draft = Draft(Names((*self.given, *self.wanted.values())), plain)
 
+    def begins(self, samples: Sequence[Tensor], level: int | None) -> None:
+        super().begins(samples, level)
+        self.samples = samples
+        self.draft.names = Names((*samples, *self.wanted.values()), mapped=True)
+
+    def ends(self, values: Tensor) -> None:
+        self.draft.output = self.draft.names.of(values)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         draft, kwargs = self.draft, kwargs or {}
         at, uses = len(draft.steps), len(self.trace.uses)
         step = _step(draft.names, func, args, kwargs)
         draft.steps.append(None)
         out = super().__torch_function__(func, types, args, kwargs)
-        draft.plain &= _told_again(func, kwargs) and not self.transforming and not draft.names.lost
+        draft.plain &= _told_again(func, kwargs) and not draft.names.lost and _compat.transform_now() == self.level
         if draft.plain:
             used = self._used(step, args, kwargs, out, self.trace.uses[uses:], within=len(draft.steps) > at + 1)
             draft.steps[at], draft.plain = used, used is not None

@@ -10,7 +10,7 @@ import torch
 from .._algebra import Blocks
 from .._compat import inside_transform
 from .._errors import MethodError, PartialsError
-from .._machine import share
+from .._machine import out_of_memory, share
 from .._plan import LARGE, Cost, TooLarge, Use, Verdict, human_bytes
 from .._probe import Facts, demand_policy, look
 from .._problem import Problem
@@ -19,6 +19,8 @@ from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from .describe import described, held
 from .engine import Run, native, parameters, solve, taped, vmapped
+from .recorder import Recorder
+from .script import Scribe
 from .trace import Refused, Unplaced
 from .trace import Use as Recorded
 from .walk import Hidden, demand_complete
@@ -55,6 +57,7 @@ def attempt(problem: Problem) -> Attempt:
     if inside_transform():
         return Attempt(None, {"capture": "a torch.func transform is running around this call"})
     device = problem.targets[0].tensor.device
+    kind = Scribe if problem.history is not None and problem.history.due() else Recorder
     for name, runner in RUNNERS.items():
         if name == "taped" and not nested:
             continue
@@ -62,7 +65,7 @@ def attempt(problem: Problem) -> Attempt:
         try:
             if name != "vmapped" and problem.randomness in ("same", "different"):
                 raise Refused(f'randomness="{problem.randomness}" is a policy for samples run apart')
-            run = runner(problem)
+            run = runner(problem, Recorder if doubtful else kind)
             if problem.randomness == "error" and drawn_since(before, device):
                 restore(before, device)
                 demand_policy(problem, look(problem))
@@ -86,7 +89,10 @@ def _solved(problem: Problem, run: Run, runner: str) -> Computed:
         return solve(problem, run, runner)
     except (Refused, PartialsError):
         raise
-    except Exception as error:  # f ran: a reverse pass that fails here may do so only in the way that capture runs it
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        # f ran: a reverse pass that fails here may do so only in the way that capture runs it
         raise Refused(f"the reverse pass fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from error
 
 
