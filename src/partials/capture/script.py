@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
@@ -62,8 +62,7 @@ class Step(NamedTuple):
     """The operation is Python whose own operations are steps too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(NamedTuple):
     """What a script says of one use."""
 
     slot: int
@@ -231,7 +230,7 @@ class Draft:
                     again = f"an input of {use.operation}" if type(use.part) in READ_AGAIN else ""
                     mine.append(Told(use.slot, name, layout, quick, again, sizes_of(use, form)))
                 if any(use.quick is None for use in mine):
-                    step, mine = step._replace(reads=None), [replace(use, quick=None) for use in mine]
+                    step, mine = step._replace(reads=None), [use._replace(quick=None) for use in mine]
                 steps.append(step)
                 told += mine
         return Script(runner, tuple(steps), tuple(told), self.output, outputs, forms, needed, course)
