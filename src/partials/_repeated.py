@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import call, is_
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -209,6 +209,8 @@ def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss
         code: Any = getattr(f.forward, "__func__", None)
     elif type(f) is FunctionType and (params is None or isinstance(params, nn.Module)):
         code = None if hasattr(f, "__wrapped__") else f.__code__
+    elif type(f) is MethodType and type(f.__func__) is FunctionType and isinstance(params, nn.Module):
+        code = None if hasattr(f, "__wrapped__") else f.__func__.__code__
     else:
         return None
     root = _root(f, params)
