@@ -177,6 +177,13 @@ def _without_grad(self, x):
     return self.last(h)
 
 
+def _expanded_without_grad(self, x):
+    h = self.first(x).abs()
+    with torch.set_grad_enabled(not self.turn):
+        powers = h**self.scale
+    return self.last(h * powers)
+
+
 def _vmapped(self, x):
     h = torch.tanh(self.first(x))
     return torch.vmap(self.last)(h) if self.turn else self.last(h)
@@ -210,6 +217,8 @@ CHANGES = {
     "a frozen copy": lambda self, x: self.last(self.first(x) * (self.scale.detach() if self.turn else self.scale)),
     "a hidden use": _hidden,
     "a write that nobody saw": _written_unseen,
+    "a hidden use at the end": lambda self, x: (lambda h: Hidden.apply(h, self.last.bias) if self.turn else h)(self.last(self.first(x))),
+    "no formula, without grad": _expanded_without_grad,
     "data that nobody saw": _data_unseen,
     "detached": _detached,
     "without grad": _without_grad,
