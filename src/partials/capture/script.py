@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
 from itertools import islice
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
@@ -19,27 +20,42 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _compat
-from .._signature import walk
+from .._signature import tensors_in, walk
 from .._typing import Tensor
 from ..rules import COMPOSITES, REPEATED, RULES, ExpandedPart, OuterPart, SumPart
+from ..rules._scan import recurrent_product
 from ..rules.elementwise import ENTRY_BY_ENTRY
 from .build import READ_AGAIN, Quick, quickly
+from .course import Lengths
 from .describe import formless, sizes_of
 from .layout import Layout
 from .recorder import Recorder
-from .routes import Constant, writes
+from .routes import EXPANDS, Constant, writes
 from .trace import Trace, Use
 
 NAME = "_partials_step"
 _RUNS = itertools.count(1)
 SPAN = 2**32
 _OF_TORCH = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, MethodWrapperType, GetSetDescriptorType)
+_OWN = ("torch.", f"{recurrent_product.__module__}")
 _TRUE, _FALSE = (bool, True), (bool, False)  # (True == 1, but a sum over dimension 1 is no sum with keepdim)
 _AS_THEY_ARE = frozenset({int, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
+class Kind(Enum):
+    """How an operation is run that is no plain one: see `replay`."""
+
+    RULE = "a use, by its rule"
+    EXPANDED = "a use, of parameters that are expanded before it"
+    WIDENED = "a use, which expands the parameter itself"
+    ONCE = "of parameters alone, and not the same for every sample"
+    REPEATED = "of parameters alone, run once for all samples; what that takes are steps too"
+    BODY = "Python, whose own operations are steps too"
+    COMPOSITE = "expressed in others, which are steps too"
+
+
 class Step(NamedTuple):
-    """One operation: what it was called with, and whether it is a use."""
+    """One operation: what it was called with, and how it is run."""
 
     func: Any
     length: int
@@ -54,12 +70,15 @@ class Step(NamedTuple):
     """For these, and for keywords."""
     worded: bool
     """Whether words must be compared in any case."""
+    kind: Kind | None = None
+    recorded: int = 0
+    """Number of uses."""
     uses: tuple[bool, ...] = ()
-    """Of what the operation's rule says, which concerns a wanted parameter; nothing where the operation is no use."""
+    """Of what the operation's rule says, or of its tensors where it has none: which concerns a wanted parameter."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of expanded parameters."""
     reads: tuple[tuple[int, ...], ...] | None = None
     """Of each use: which arguments its block is made from; None where the rule must be asked each time."""
-    within: bool = False
-    """The operation is Python whose own operations are steps too."""
 
 
 class Told(NamedTuple):
@@ -94,6 +113,10 @@ class Script:
     """Bytes that the factors of one output take."""
     course: tuple[int, int]
     """Numbers for what f did (see `Computed.course`)."""
+    answers: tuple[bool, ...] = ()
+    """What composites were told of their arguments: whether they depend on the samples."""
+    expanded: tuple[str, ...] = ()
+    """Operations without a rule."""
 
 
 class Names:
@@ -147,7 +170,7 @@ class Names:
                 words.append(kind if func in ENTRY_BY_ENTRY else value if kind is int else (float, value))
             elif kind in _AS_THEY_ARE:
                 words.append(value)
-            elif kind is tuple or kind is list or kind is torch.Size:
+            elif kind is list or isinstance(value, tuple):
                 words.append((kind, len(value)))
                 self._add(words, value, func)
             elif kind is slice:
@@ -155,6 +178,9 @@ class Names:
                 self._add(words, (value.start, value.stop, value.step), func)
             elif kind is bool:
                 words.append(_TRUE if value else _FALSE)
+            elif is_dataclass(value):
+                words.append(kind)
+                self._add(words, vars(value).values(), func)
             else:
                 words.append(value if value is ... else object() if isinstance(value, Mapping) else Same(value))
 
@@ -196,6 +222,7 @@ class Draft:
     plain: bool
     """Whether a later run can be held against it."""
     steps: list[Step | None] = field(default_factory=list)
+    answers: list[bool] = field(default_factory=list)
     output: int = 0
     """The name of what f has returned."""
 
@@ -211,8 +238,8 @@ class Draft:
     ) -> Script | None:
         """The script of the run that is over, where all of it can be told again."""
         placed = tuple([p for p in layouts if p is not None and p.owned is None])
-        by_values = trace.routed or any(isinstance(entry, Constant) for entry in trace.course)
-        strange = by_values or trace.nested or trace.one_by_one or trace.expanded or len(placed) < len(layouts)
+        by_values = trace.routed or any(isinstance(entry, Constant | Lengths) for entry in trace.course)
+        strange = by_values or trace.nested or trace.one_by_one or len(placed) < len(layouts)
         if not self.plain or strange or not trace.uses or self.output < 1:
             return None
         names, n, outputs = {id(t): name for name, t in wanted.items()}, len(values), values.shape[1:].numel()
@@ -222,7 +249,7 @@ class Draft:
         for step in self.steps:
             if step is not None:
                 mine = []
-                for use, layout in islice(uses, sum(step.uses)):
+                for use, layout in islice(uses, step.recorded):
                     name = names.get(id(use.part.parameter))
                     known = step.reads is not None and name is not None and outputs == 1 and runner == "native"
                     quick = quickly(use.part, torch.Size(use.shape), layout, n) if known else None
@@ -233,7 +260,8 @@ class Draft:
                     step, mine = step._replace(reads=None), [use._replace(quick=None) for use in mine]
                 steps.append(step)
                 told += mine
-        return Script(runner, tuple(steps), tuple(told), self.output, outputs, forms, needed, course)
+        answers, expanded = tuple(self.answers), tuple(trace.expanded)
+        return Script(runner, tuple(steps), tuple(told), self.output, outputs, forms, needed, course, answers, expanded)
 
 
 class Scribe(Recorder):
@@ -265,24 +293,39 @@ class Scribe(Recorder):
         draft.names.mark(out, args)
         return out
 
+    def asked(self, t: Tensor) -> bool:
+        self.draft.answers.append(found := super().asked(t))
+        return found
+
     def _used(self, step: Step, args: Any, kwargs: Any, out: Any, uses: list[Use], *, within: bool) -> Step | None:
         """The step with its uses, None for what cannot be told again."""
         func = step.func
         if within:  # (uses are those of the steps inside)
-            own = func not in RULES and func not in COMPOSITES and isinstance(func, FunctionType) and _compat.body_of(func) is not None
-            return step._replace(within=True) if own else None
+            if func in COMPOSITES:
+                return step._replace(kind=Kind.COMPOSITE)
+            if func in REPEATED:
+                return step._replace(kind=Kind.REPEATED)
+            own = func not in RULES and isinstance(func, FunctionType) and _compat.body_of(func) is not None
+            return step._replace(kind=Kind.BODY) if own else None
         if not uses:
-            return None if func in REPEATED else step  # (what those do may depend on values)
-        if func not in RULES or any(use.func is not func or type(use.part) is ExpandedPart for use in uses):
+            if func not in REPEATED or self.expand_unknown:
+                return step
+            return None if REPEATED[func](*args, **kwargs) else step._replace(kind=Kind.ONCE)
+        if any(use.func is not func for use in uses):
             return None
-        mine = {id(use.part.parameter) for use in uses}
-        parts = list(RULES[func](*args, **kwargs))
-        told = tuple(id(part.parameter) in mine for part in parts)
+        step = step._replace(recorded=len(uses))
+        mine, expanded = {id(use.part.parameter) for use in uses}, sum(type(use.part) is ExpandedPart for use in uses)
+        if expanded:
+            told = tuple([id(t) in mine for t in tensors_in((*args, *kwargs.values()))])
+            kind = Kind.WIDENED if func in EXPANDS and not self.expand_unknown else Kind.EXPANDED
+            return step._replace(kind=kind, uses=told, shapes=tuple([use.shape for use in uses])) if expanded == len(uses) else None
+        parts = list(RULES[func](*args, **kwargs)) if func in RULES else []
+        told = tuple([id(part.parameter) in mine for part in parts])
         if sum(told) != len(uses):
             return None
-        fixed = not kwargs and (func not in ENTRY_BY_ENTRY or not step.others)  # (no number that the part depends on may be another)
+        fixed = isinstance(func, _OF_TORCH) and not kwargs and (func not in ENTRY_BY_ENTRY or not step.others)
         reads = [found for part, mine in zip(parts, told, strict=True) if mine and (found := _reads(part, args, out)) is not None]
-        return step._replace(uses=told, reads=tuple(reads) if fixed and len(reads) == len(uses) else None)
+        return step._replace(kind=Kind.RULE, uses=told, reads=tuple(reads) if fixed and len(reads) == len(uses) else None)
 
 
 def _step(names: Names, func: Any, args: Any, kwargs: Any) -> Step:
@@ -314,6 +357,6 @@ def _reads(part: Any, args: Any, out: Any) -> tuple[int, ...] | None:
 
 
 def _told_again(func: Any, kwargs: Any) -> bool:
-    """Whether an operation is torch's own, and writes to none of its arguments."""
-    own = isinstance(func, _OF_TORCH) or (isinstance(func, FunctionType) and (func.__module__ or "").startswith("torch."))
+    """Whether an operation is torch's own, or one that a composite of ours consists of, and writes to none of its arguments."""
+    own = isinstance(func, _OF_TORCH) or (isinstance(func, FunctionType) and (func.__module__ or "").startswith(_OWN))
     return own and not writes(func) and "out" not in kwargs
