@@ -60,12 +60,12 @@ REASONS: dict[tuple[str, str], str] = {
         " one tensor for each; into memory that is there already (`out=`) the same rows take a part of it."
     ),
     ("the whole call", ""): (
-        "In a loop of such calls one takes 1.9 training steps (of 44 microseconds; torch's vmap(grad) takes 5.5): the forward 4, watching"
+        "In a loop of such calls one takes 2 training steps (of 44 microseconds; torch's vmap(grad) takes 5.5): the forward 4, watching"
         " it 10, the reverse pass to the two uses with its seed 14, their blocks 8, whether random numbers were drawn 8, reading the call"
         " 8; the rest is the plan, the objects of the result and letting go of them, some 130 calls of Python in all. Beside other code,"
         " as here, all of it is half as long again, since none of it is in the caches. Tried: layouts remembered by the course of a run"
         " (266 to 205 microseconds), the call read once and its run held against a script (to 134), the engine without its wrapper (to"
-        " 126), steps that compare objects, blocks by remembered steps, the generator copied and not read (to 84)."
+        " 126), steps that compare objects, blocks by remembered steps, the generator copied and not read (to 87)."
     ),
     ("overhead of one use", ""): (
         "A torch function mode alone costs 1 to 2 microseconds for the two operations that go with each use here; to compare what they took"
