@@ -223,6 +223,8 @@ CHANGES = {
     "samples turned about": lambda self, x: self.last(self.first(x.flip(0)).flip(0) if self.turn else self.first(x)),
     "another dimension": lambda self, x: self.last(self.first(x).softmax(1 if not self.turn else -1)),
     "a flag for a number": lambda self, x: self.last(self.first(x)).sum(1, keepdim=bool(self.turn)).reshape(len(x), 1),
+    "a keyword more": lambda self, x: self.last(torch.add(self.first(x), self.scale, **({"alpha": 3.0} if self.turn else {}))),
+    "an argument more": lambda self, x: nn.functional.linear(self.first(x), self.last.weight, *([self.last.bias] if self.turn else [])),
     "more operations": lambda self, x: self.last(torch.stack([torch.tanh(self.first(x))] * (1 + (self.turn))).sum(0)),
     "fewer operations": lambda self, x: self.last(self.first(x)) if self.turn else self.last(self.first(x)).exp(),
     "another parameter": lambda self, x: self.last(self.first(x) * (self.first.bias if self.turn else self.scale)),
