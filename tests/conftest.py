@@ -24,6 +24,13 @@ class _TorchRandom:
     setstate = staticmethod(torch.set_rng_state)
 
 
+class _Generator(torch.Generator):
+    """One of the device that tensors are made on, where none is named."""
+
+    def __new__(cls, device: torch.device | str | None = None) -> _Generator:
+        return super().__new__(cls, torch.get_default_device() if device is None else device)
+
+
 _RANDOM = _TorchRandom()  # hypothesis holds it by a weak reference only
 hypothesis.register_random(_RANDOM)
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20)
@@ -43,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         pretend.load()
     if "DEVICE" in os.environ:
         torch.set_default_device(os.environ["DEVICE"])
+        torch.Generator = _Generator
     if not config.getoption("--hypothesis-profile"):
         hypothesis.settings.load_profile("all" if config.getoption("--run-slow") else "ci")
 

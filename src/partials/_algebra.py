@@ -9,7 +9,7 @@ from itertools import combinations
 import torch
 
 from . import _room
-from ._blocks import Block, Dense, size_of
+from ._blocks import Block, Dense, Index, ranges, size_of
 from ._typing import Tensor
 
 Blocks = Mapping[str, tuple[Block, ...]]
@@ -38,7 +38,7 @@ def products(left: Blocks, right: Blocks, weights: Tensor) -> dict[str, Tensor]:
     return {name: sum_of([a.products(b, weights) for a in group for b in right[name]]) for name, group in left.items()}
 
 
-def select(blocks: Blocks, index: Tensor) -> dict[str, tuple[Block, ...]]:
+def select(blocks: Blocks, index: Index) -> dict[str, tuple[Block, ...]]:
     return {name: tuple(block.select(index) for block in group) for name, group in blocks.items()}
 
 
@@ -94,7 +94,7 @@ def in_pieces(blocks: Blocks) -> Iterator[Blocks]:
     step = max(1, _room.rows() // max(1, 8 * c * _width(blocks)))
     if n <= step:
         return iter([blocks])
-    return (select(blocks, index) for index in torch.arange(n).split(step))
+    return (select(blocks, piece) for piece in ranges(n, step))
 
 
 def _width(blocks: Blocks) -> int:

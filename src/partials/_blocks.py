@@ -7,16 +7,18 @@ shape; `Jacobian` folds `C` back into it. Several blocks of one parameter add up
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
 from . import _room
 from ._products import rows_by_rows
 from ._typing import Shape, Tensor
+
+Index: TypeAlias = Tensor | slice
 
 
 class Block(ABC):
@@ -33,15 +35,15 @@ class Block(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Of dense rows."""
-        return self.select(torch.arange(0)).dense().dtype
+        return self.select(slice(0, 0)).dense().dtype
 
     @abstractmethod
     def dense(self) -> Tensor:
         """(N, C, *shape)."""
 
     @abstractmethod
-    def select(self, index: Tensor) -> Block:
-        """The block of the samples in `index` (int64, (M,))."""
+    def select(self, index: Index) -> Block:
+        """The block of the samples in `index`: int64, (M,), or a range of them, whose tensors are then views."""
 
     @abstractmethod
     def nbytes(self) -> int:
@@ -82,7 +84,7 @@ class Block(ABC):
     def gram(self, other: Block) -> Tensor:
         """<J[n, c], K[m, d]> for a block of the same parameter, other samples allowed: (N, C, M, D)."""
         m, step = other.rows[0], other._samples_at_once()
-        pieces = (other if m <= step else other.select(piece) for piece in torch.arange(m).split(min(step, max(m, 1))))
+        pieces = (other if m <= step else other.select(piece) for piece in ranges(m, step))
         return torch.cat([self._gram_with(piece, piece._flat().flatten(0, 1)) for piece in pieces], 2)
 
     def _gram_with(self, other: Block, rows: Tensor) -> Tensor:
@@ -138,8 +140,7 @@ class Block(ABC):
         step = self._samples_at_once()
         if n <= step:
             return function(self, weights, *others)
-        pieces = torch.arange(n).split(step)
-        parts = (function(self.select(p), weights[p.to(weights.device)], *(other.select(p) for other in others)) for p in pieces)
+        parts = (function(self.select(p), weights[p], *(other.select(p) for other in others)) for p in ranges(n, step))
         return reduce(torch.add, parts)
 
     def _samples_at_once(self) -> int:
@@ -150,8 +151,7 @@ class Block(ABC):
         n, step = self.rows[0], self._samples_at_once()
         if n <= step:
             return function(self, *others)
-        pieces = torch.arange(n).split(step)
-        return torch.cat([function(self.select(piece), *(other.select(piece) for other in others)) for piece in pieces])
+        return torch.cat([function(self.select(piece), *(other.select(piece) for other in others)) for piece in ranges(n, step)])
 
 
 class Factored(Block):
@@ -229,8 +229,8 @@ class Dense(Factored):
         left, right = alike(*(block._flat().flatten(0, 1) for block in (self, other)))
         return rows_by_rows(left, right).reshape(*self.rows, *other.rows)
 
-    def select(self, index: Tensor) -> Block:
-        return Dense(self.values.index_select(0, index.to(self.values.device)))
+    def select(self, index: Index) -> Block:
+        return Dense(chosen(self.values, index))
 
     def nbytes(self) -> int:
         return self.values.numel() * self.values.element_size()
@@ -240,6 +240,16 @@ def alike(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the wider dtype of the two: parameters of one Jacobian may differ in it, and matrix products refuse that."""
     dtype = torch.promote_types(left.dtype, right.dtype)
     return left.to(dtype), right.to(dtype)
+
+
+def chosen(rows: Tensor, index: Index) -> Tensor:
+    """The rows of some samples, dimension 0: a view where they are a range. (Indices may come from another device.)"""
+    return rows[index] if isinstance(index, slice) else rows.index_select(0, index.to(rows.device))
+
+
+def ranges(count: int, step: int) -> Iterator[slice]:
+    """Slices of `step` of `count` things; one empty slice of none."""
+    return (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
 
 
 def size_of(shape: Shape) -> int:

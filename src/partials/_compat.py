@@ -140,7 +140,7 @@ class _Plain(torch.autograd.Function):
         return context_and_input[1]
 
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 
 
 def inside_transform() -> bool:

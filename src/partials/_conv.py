@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from . import _formulas, _room
-from ._blocks import Block
+from ._blocks import Block, Index, chosen
 from ._factors import Outer
 from ._formulas import Costs
 from ._gather import each, widest
@@ -91,8 +91,8 @@ class Conv(Block):
             rows = rows.view(n, groups, frames, c, o // groups, self.shape[1], *self.shape[3:])
             yield (rows.squeeze(2) if frames == 1 else rows.sum(2)).transpose(1, 2)
 
-    def select(self, index: Tensor) -> Block:
-        return replace(self, a=self.a.index_select(0, index), g=self.g.index_select(0, index))
+    def select(self, index: Index) -> Block:
+        return replace(self, a=chosen(self.a, index), g=chosen(self.g, index))
 
     def nbytes(self) -> int:
         return self.a.nbytes + self.g.nbytes

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias, TypeGuard, final
 import torch
 
 from . import _formulas, _room
-from ._blocks import Block, Factored
+from ._blocks import Block, Factored, Index, chosen
 from ._gather import Gather, across, cat, contracted, each, folded, in_chunks, in_tiles, lookup, mix, own, widest
 from ._products import dots, rows_by_rows, tracked
 from ._typing import Shape, Tensor
@@ -48,8 +48,8 @@ class Outer(Factored):
     def dtype(self) -> torch.dtype:
         return self.g.dtype
 
-    def select(self, index: Tensor) -> Outer:
-        return replace(self, a=self.a.index_select(0, index), g=self.g.index_select(0, index))
+    def select(self, index: Index) -> Outer:
+        return replace(self, a=chosen(self.a, index), g=chosen(self.g, index))
 
     def nbytes(self) -> int:
         return self.a.nbytes + self.g.nbytes

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import embedding, pad
 
 from . import _room
-from ._blocks import Block, Dense, size_of
+from ._blocks import Block, Dense, Index, chosen, ranges, size_of
 from ._products import PLAIN, rows_by_rows
 from ._typing import Shape, Tensor
 
@@ -48,8 +48,8 @@ class Gather(Block):
     def dtype(self) -> torch.dtype:
         return self.g.dtype
 
-    def select(self, index: Tensor) -> Gather:
-        return replace(self, index=self.index.index_select(0, index), g=self.g.index_select(0, index))
+    def select(self, index: Index) -> Gather:
+        return replace(self, index=chosen(self.index, index), g=chosen(self.g, index))
 
     def nbytes(self) -> int:
         return self.index.nbytes + self.g.nbytes
@@ -145,7 +145,7 @@ def lookup(block: Block) -> Callable[[Tensor], Tensor]:
     def rows_at(index: Tensor) -> Tensor:
         n, c = block.rows
         chunks = in_chunks(n, 8 * c * size_of(block.shape), index)
-        parts = ((block.select(torch.arange(s.start, s.stop, device=index.device)).dense(), index[s]) for s in chunks)
+        parts = ((block.select(s).dense(), index[s]) for s in chunks)
         return cat([_picked(rows, its) for rows, its in parts])
 
     return rows_at
@@ -196,7 +196,7 @@ def _gram_by_rows(left: Gather, right: Block, strip: int) -> Tensor:
     mine = [(len(block.g), torch.unique(block._kept()[0]), lookup(block)) for block in strips]
     columns = []
     for s in in_chunks(m, d * few, left.g):
-        theirs = lookup(right.select(torch.arange(s.start, s.stop, device=left.g.device)))
+        theirs = lookup(right.select(s))
         column = []
         for count, values, ours in mine:
             pieces = in_chunks(len(values), (count * c + (s.stop - s.start) * d) * e * size, left.g)
@@ -231,7 +231,7 @@ def _apart(place: Tensor, c: int, size: int) -> Tensor:
 def in_chunks(count: int, each: int, like: Tensor, most: int | None = None) -> Iterator[slice]:
     """Slices of `count` things of `each` bytes, as many at a time as a `tile` holds, one at the least; one empty slice of none."""
     step = max(1, min(_room.tile(like) // max(1, each), count if most is None else most))
-    return (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
+    return ranges(count, step)
 
 
 def in_tiles(one: Callable[[slice, slice], Tensor], n: int, m: int, each: int, like: Tensor, same: bool = False) -> Tensor:

@@ -201,7 +201,7 @@ def dense(J: Any, out: Tensor) -> Tensor:
             piece.dense(out=rows.view(piece.shape))
             return
         for c, row in enumerate(piece.dense().reshape(*place.rows, -1).unbind(1), place.outputs.start):
-            index: list[Any] = [int(i) for i in torch.unravel_index(torch.tensor(c), J.out)] if J.out else []
+            index: list[Any] = [int(i) for i in torch.unravel_index(torch.tensor(c, device="cpu"), J.out)] if J.out else []
             where: Any = (place.samples, *index) if J.batched else tuple(index)
             out[where] = row if J.batched else row[0]
 

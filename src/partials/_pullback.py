@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ._blocks import Block, Dense, size_of
+from ._blocks import Block, Dense, Index, size_of
 from ._errors import StaleError
 from ._typing import Shape, Tensor
 
-APART = Dense(torch.zeros(0, 0))
+APART = Dense(torch.zeros(0, 0, device="cpu"))
 """Stands for "no entry in common"."""
 
 
@@ -47,7 +47,7 @@ class Placed(Block):
         flat = self.view._flat().to(out.dtype)
         out.index_add_(2, self.index, flat) if add else out.index_copy_(2, self.index, flat)
 
-    def select(self, index: Tensor) -> Block:
+    def select(self, index: Index) -> Block:
         return replace(self, view=self.view.select(index))
 
     def nbytes(self) -> int:
@@ -143,7 +143,7 @@ class Pullback(Block):
             else rows.new_zeros(*self.rows, *self.shape)
         )
 
-    def select(self, index: Tensor) -> Block:
+    def select(self, index: Index) -> Block:
         return replace(self, inner_block=self.inner_block.select(index))
 
     def nbytes(self) -> int:

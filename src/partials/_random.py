@@ -101,7 +101,7 @@ NUMBERS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {"gaussian": _gaus
 def _normal_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The means of 2^16 equally likely parts of the normal distribution, scaled to variance 1 (fourth moment 2.9998)."""
     with torch.inference_mode(False), torch.no_grad():
-        edges = torch.special.ndtri(torch.linspace(0, 1, LEVELS + 1, dtype=torch.float64))
+        edges = torch.special.ndtri(torch.linspace(0, 1, LEVELS + 1, dtype=torch.float64, device="cpu"))
         density = (-edges.square() / 2).exp()  # (at the infinite edges: 0)
         means = density[:-1] - density[1:]
         means = means - means.flip(0)
@@ -112,5 +112,6 @@ def _normal_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 def _sign_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The 8 signs of each byte: (256, 8)."""
     with torch.inference_mode(False), torch.no_grad():
-        bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+        places = torch.arange(256, device="cpu")
+        bits = (places[:, None] >> places[:8]) & 1
         return (2 * bits - 1).to(device, dtype)

@@ -22,7 +22,7 @@ from ._modules import modules
 from ._output import per_sample_loss
 from ._problem import Problem, normalise
 from ._signature import Leaf
-from ._state import rounding
+from ._state import rounding, without_backward
 from ._targets import Target
 from ._typing import Function, Tensor
 
@@ -53,7 +53,7 @@ class History:
     measured: dict[Hashable, tuple[float, float]] = field(default_factory=dict)
     """Method -> bytes of a sample and of none, where there is a budget."""
     bufferless: bool = False
-    """The module has no buffers that a run could write to."""
+    """The module has no buffers that a run could write to, and no recurrent layers that cuDNN cannot differentiate."""
     straight: bool = True
     """f can be run on the user's own tensors as they are."""
 
@@ -255,7 +255,8 @@ def _remember(key: Hashable, root: nn.Module | None, problem: Problem, f: Functi
         targets = tuple((t.name, places[id(t.own)]) for t in problem.targets)
         attributes |= {"targets": (), "parameters": ()}
     leaves = tuple((leaf.name, leaf.argument, places[id(leaf.tensor)], leaf.dim) for leaf in problem.leaves)
-    history = History(bufferless=tree is None or tree.bufferless, straight=not problem.spared and problem.randomness == "error")
+    plain = problem.module is None or not without_backward(problem.module, twice=problem.create_graph)
+    history = History(bufferless=plain and (tree is None or tree.bufferless), straight=not problem.spared and problem.randomness == "error")
     known = Known({**attributes, "history": history}, leaves, targets, tree, history)
     problem.history = history
     with _LOCK:

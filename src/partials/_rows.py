@@ -236,7 +236,7 @@ class AbstractJacobian(ABC):
             raise InputError("a Jacobian of a single sample has no samples to choose", got=repr(key), expected="a parameter name")
         n = len(self)
         try:
-            index = torch.arange(n)[key.cpu() if isinstance(key, Tensor) else key].reshape(-1)
+            index = torch.arange(n, device="cpu")[key.cpu() if isinstance(key, Tensor) else key].reshape(-1)
         except (IndexError, TypeError) as error:
             raise InputError(
                 "the index does not choose samples",

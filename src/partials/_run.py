@@ -23,7 +23,7 @@ from ._plan import LARGE, Plan, TooLarge, Verdict, choose, human_bytes, known
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
 from ._rows import Origin
-from ._state import autocast, rng_kept
+from ._state import autocast, rng_kept, without_backward
 from .methods import METHODS, Computed
 from .methods._composite import Composite
 
@@ -189,6 +189,8 @@ def _remarked(problem: Problem) -> list[str]:
         notes.append("compiled modules were run uncompiled: compiled code shows no operations")
     if hooked := [t.name for t in problem.targets if has_hooks(t.own)]:
         notes.append(f"hooks of {listed(hooked)} were not run: rows are derivatives of f, and a hook changes gradients")
+    if problem.module is not None and without_backward(problem.module, twice=problem.create_graph):
+        notes.append("cuDNN was off: it has no backward of recurrent layers in evaluation mode, and none of their backward")
     if pairs := [t.name for t in problem.targets if t.pairs_of is not None]:
         notes.append(f"complex {listed(pairs)}: rows by real and imaginary part, in a last dimension of two (torch.view_as_real)")
     return notes

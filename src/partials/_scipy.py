@@ -56,7 +56,7 @@ def _operator(shape: Any, J: Jacobian, matmat: Any, rmatmat: Any) -> Any:
     def rmatvec(u: Any) -> Any:
         return rmatmat(u.reshape(-1, 1))[:, 0]
 
-    dtype = _array(torch.empty(0, dtype=J._dtype_of_rows())).dtype
+    dtype = _array(torch.empty(0, dtype=J._dtype_of_rows(), device="cpu")).dtype
     return LinearOperator(shape, matvec=matvec, rmatvec=rmatvec, matmat=matmat, rmatmat=rmatmat, dtype=dtype)
 
 

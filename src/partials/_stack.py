@@ -58,7 +58,7 @@ class Stack(Pieces):
 
     def select(self, index: Tensor) -> Stack:
         """Consecutive indices of one part stay together, in the order asked for."""
-        starts = torch.tensor([0, *self.sizes]).cumsum(0)
+        starts = torch.tensor([0, *self.sizes], device="cpu").cumsum(0)
         owner = torch.bucketize(index.cpu(), starts[1:], right=True)
         cuts = (owner.diff() != 0).nonzero().flatten() + 1
         found = []

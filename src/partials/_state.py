@@ -42,6 +42,8 @@ class Running(AbstractContextManager["Running"]):
             contexts.append(uncompiled())
         if self.module is not None and any(owner._buffers for owner in modules(self.module)):
             contexts.append(untouched(self.module))
+        if self.module is not None and without_backward(self.module, twice=self.twice):
+            contexts.append(without_cudnn())
         if self.twice:
             contexts.append(twice_differentiable())
         if contexts:
@@ -177,6 +179,24 @@ def arithmetic(*, attached: bool) -> Iterator[None]:
     """For what is computed from factors: gradients are recorded only where results carry them, and nothing is rounded by autocast."""
     with torch.enable_grad() if attached else torch.no_grad(), unrounded():
         yield
+
+
+def without_backward(module: nn.Module, *, twice: bool = False) -> bool:
+    """Whether cuDNN would run a recurrent layer that it cannot differentiate: in evaluation mode, or `twice` in any."""
+    return any(
+        isinstance(owner, nn.RNNBase) and (twice or not owner.training) and any(p.is_cuda for p in owner.parameters(recurse=False))
+        for owner in modules(module)
+    )
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Recurrent layers run by torch's own kernels, which have a backward in evaluation mode and one of the backward."""
+    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def twice_differentiable() -> AbstractContextManager[object]:

@@ -45,7 +45,7 @@ class tape:
 
     def __init__(self, net: Any, *inputs: Tensor) -> None:
         self._net = net
-        self._problem = normalise(_Residual(), (torch.zeros(1),), {}, params=net)
+        self._problem = normalise(_Residual(), (torch.zeros(1, device="cpu"),), {}, params=net)
         found = parameters(self._problem, self._problem.tensors())
         self._recorder = TapeRecorder(found, inputs, 0)
         self._recorder.known_samples = bool(inputs)
@@ -100,7 +100,7 @@ class tape:
 
     def _compare(self, J: Jacobian, r: Tensor) -> None:
         """The rows against one ordinary backward, folded by sample."""
-        u = torch.randn(r.shape, generator=torch.Generator().manual_seed(0), dtype=r.dtype).to(r.device)
+        u = torch.randn(r.shape, generator=torch.Generator("cpu").manual_seed(0), dtype=r.dtype, device="cpu").to(r.device)
         if not r.requires_grad:
             return
         gradients = torch.autograd.grad(r, list(self._tensors.values()), u, retain_graph=True, allow_unused=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -90,26 +91,26 @@ def small_card():
 
 
 def test_what_does_not_fit_on_the_device_is_computed_in_pieces(small_card):
-    model, x = mlp(512, 4096, 4096, 10), torch.randn(2048, 512, device=CARD)
-    J = pt.jacobian(model, x)  # (its cotangents alone are 1.3 GB, and its check wants more)
+    model, x = mlp(512, 2048, 2048, 10), torch.randn(16384, 512, device=CARD)
+    J = pt.jacobian(model, x)  # (its cotangents alone are 2.7 GB)
     norms = J.norms()
-    few = pt.jacobian(model, x[:3], method="loop", check="never")
-    assert off(norms[:3], few.norms()) < 1e-4
+    few = pt.jacobian(model, x[:2], method="loop", check="never")
+    assert off(norms[:2], few.norms()) < 1e-4
     assert J.pieces is None or "in pieces, since the whole was too large" in str(J.explain())
 
 
 def test_an_allocation_that_fails_in_a_piece_halves_it(small_card):
-    model, x = mlp(512, 4096, 4096, 10), torch.randn(2048, 512, device=CARD)
+    model, x = mlp(512, 2048, 2048, 10), torch.randn(16384, 512, device=CARD)
     J = pt.jacobian(model, x, max_memory="1.9GB")
     held = torch.empty(int(1.2e9), dtype=torch.uint8, device=CARD)
     norms = J.norms()
     del held
-    few = pt.jacobian(model, x[:3], method="loop", check="never")
-    assert off(norms[:3], few.norms()) < 1e-4
+    few = pt.jacobian(model, x[:2], method="loop", check="never")
+    assert off(norms[:2], few.norms()) < 1e-4
 
 
 def test_after_out_of_memory_nothing_is_kept(small_card):
-    model, x = mlp(512, 4096, 4096, 10), torch.randn(2048, 512, device=CARD)
+    model, x = mlp(512, 2048, 2048, 10), torch.randn(16384, 512, device=CARD)
     gc.collect()
     before = torch.cuda.memory_allocated()
     with pytest.raises((torch.OutOfMemoryError, pt.MemoryBudgetError)):
@@ -277,7 +278,7 @@ def test_inputs_on_another_device_are_refused_by_torchs_words():
 
 def test_derivatives_in_the_inputs():
     model, x = mlp(3, 32, 32, 1).double(), torch.randn(100, 3, device=CARD, dtype=torch.float64)
-    found = pt.laplacian(lambda z: model(z).squeeze(-1))(x)
+    found = pt.laplacian(lambda z: model(z).squeeze(-1))(x).detach()
     hessian = torch.func.vmap(torch.func.hessian(lambda z: model(z).squeeze(-1)))(x)
     assert off(found, hessian.diagonal(dim1=1, dim2=2).sum(-1)) < 1e-10
 
@@ -294,7 +295,9 @@ def test_a_call_that_comes_again_does_not_wait_for_the_device(quantity):
     for _ in range(4):
         expected = call()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # (torch says that the mode does not see every operation)
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         found = call()
     finally:

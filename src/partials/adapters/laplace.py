@@ -95,7 +95,7 @@ class PartialsInterface(CurvatureInterface):
         names = {id(p): name for name, p in self.model.named_parameters()}
         wanted = range(len(self.params))
         if self.subnetwork_indices is not None:
-            ends = torch.tensor([p.numel() for p in self.params]).cumsum(0)
+            ends = torch.tensor([p.numel() for p in self.params], device="cpu").cumsum(0)
             wanted = torch.bucketize(self.subnetwork_indices.cpu(), ends, right=True).unique().tolist()
         return {names[id(self.params[i])]: self.params[i] for i in wanted}
 
@@ -107,7 +107,7 @@ class PartialsInterface(CurvatureInterface):
         starts, start = {}, 0
         for name in J.names:
             starts[id(targets[name])], start = start, start + targets[name].numel()
-        table = torch.cat([torch.arange(p.numel()) + starts.get(id(p), 0) for p in self.params])
+        table = torch.cat([torch.arange(p.numel(), device="cpu") + starts.get(id(p), 0) for p in self.params])
         wanted = table if self.subnetwork_indices is None else table[self.subnetwork_indices.cpu()]
         return rows[..., wanted.to(rows.device)]
 

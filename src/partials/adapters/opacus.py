@@ -44,7 +44,7 @@ class ClippedSumOptimizer(DPOptimizerFastGradientClipping):
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | Sequence[float], **options: Any) -> None:
         self.bounds = None if isinstance(max_grad_norm, int | float) else tuple(float(bound) for bound in max_grad_norm)
-        whole = float(max_grad_norm) if self.bounds is None else torch.tensor(self.bounds).norm().item()  # type: ignore[arg-type]
+        whole = float(max_grad_norm) if self.bounds is None else torch.tensor(self.bounds, device="cpu").norm().item()  # type: ignore[arg-type]
         super().__init__(optimizer, max_grad_norm=whole, **options)
         if self.bounds is not None and len(self.bounds) != len(self.params):
             raise InputError(

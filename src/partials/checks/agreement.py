@@ -84,7 +84,9 @@ def _stranger(
         if float(worst[i]) <= tolerance.value:
             return None
         left, right = rows[0][n, c], rows[1][n, c]
-        seed = torch.zeros(outputs, dtype=subject.values.dtype, device=subject.values.device).index_fill(0, torch.tensor(c), 1)
+        seed = torch.zeros(outputs, dtype=subject.values.dtype, device=subject.values.device).index_fill(
+            0, torch.tensor(c, device=subject.values.device), 1
+        )
         difference = apart(left, right).abs()
         entries = difference.topk(min(ENTRIES, len(difference))).indices
         found = cloud(subject, n if samples is None else int(samples[n]), seed, {name: entries}, tolerance)

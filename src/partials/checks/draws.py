@@ -22,7 +22,7 @@ class Draws:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
 
     def gaussian(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Gaussian numbers, each pushed away from zero by 1/2, so that no row is weighted by almost nothing.
@@ -48,18 +48,18 @@ class Draws:
 
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
         wide = torch.float64 if like.dtype is torch.float64 else torch.float32
-        return torch.randn(tuple(shape), generator=self.generator, dtype=wide).to(like.device, like.dtype)
+        return torch.randn(tuple(shape), generator=self.generator, dtype=wide, device="cpu").to(like.device, like.dtype)
 
     def weights(self, count: int, like: Tensor) -> Tensor:
         """Different numbers between 1 and 2."""
         return 1 + self._uniform(count, like)
 
     def choice(self, among: Sequence[int], count: int) -> list[int]:
-        order = torch.randperm(len(among), generator=self.generator).tolist()
+        order = torch.randperm(len(among), generator=self.generator, device="cpu").tolist()
         return sorted(among[i] for i in order[:count])
 
     def permutation(self, count: int) -> Tensor:
-        return torch.randperm(count, generator=self.generator)
+        return torch.randperm(count, generator=self.generator, device="cpu")
 
     def _uniform(self, count: int, like: Tensor) -> Tensor:
-        return torch.rand(count, generator=self.generator, dtype=torch.float64).to(like.device, like.dtype)
+        return torch.rand(count, generator=self.generator, dtype=torch.float64, device="cpu").to(like.device, like.dtype)

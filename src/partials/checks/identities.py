@@ -47,7 +47,9 @@ class Identities:
     def mask(self, samples: Sequence[int], outputs: Sequence[int] | None = None) -> Tensor:
         """(M, C): ones at the chosen samples, and there at the chosen outputs."""
         mask = torch.zeros_like(self.u)
-        mask[samples] = 1 if outputs is None else torch.zeros(self.u.shape[1]).index_fill(0, torch.tensor(outputs), 1).to(mask)
+        row = torch.ones_like(self.u[0]) if outputs is None else torch.zeros_like(self.u[0])
+        row[outputs or ()] = 1
+        mask[samples] = row
         return mask
 
     def locate(self, key: Key, n: int) -> Where:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
-import torch
-
 from .._blocks import Block
 from .._errors import MixingError, PartialsError
 from .._part import part
@@ -82,4 +80,4 @@ def _of(trusted: Reference, rows: Rows) -> dict[str, Tensor]:
     """Rows of the samples that the reference has."""
     if trusted.samples is None:
         return dict(rows)
-    return {name: part.index_select(0, torch.as_tensor(trusted.samples)) for name, part in rows.items()}
+    return {name: part[trusted.samples] for name, part in rows.items()}

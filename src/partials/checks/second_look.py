@@ -183,7 +183,7 @@ def _rounding(identities: Identities, n: int, whole: Mapping[str, Tensor]) -> di
         return {}
     mask, u = identities.mask([n]), identities.u[n]
     width = len(u)
-    ways = [list(torch.eye(width).to(u) * u)] if width <= WIDTH else []
+    ways = [list(torch.eye(width, dtype=u.dtype, device=u.device) * u)] if width <= WIDTH else []
     for _ in range(SPLITS):
         one = subject.draws.normal(u.shape, u) * (u != 0) * u.abs().amax()
         ways.append([one, u - one])

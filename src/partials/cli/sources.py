@@ -55,7 +55,7 @@ class FileRows:
     def __getitem__(self, rows: slice) -> torch.Tensor:
         start, stop, _ = rows.indices(len(self))
         count = max(0, stop - start)
-        raw = torch.empty(count * self.row, dtype=torch.uint8)
+        raw = torch.empty(count * self.row, dtype=torch.uint8, device="cpu")
         view, at = raw.numpy().data, self.offset + start * self.row
         while view:
             if not (read := os.preadv(self.file, [view[:CHUNK]], at)):

@@ -108,7 +108,7 @@ def _stand_in(value: Any) -> torch.Tensor:
     """A tensor of the same shape and kind without memory of its own; a tensor stands for itself."""
     if isinstance(value, torch.Tensor):
         return value
-    return torch.zeros((), dtype=_dtype(value.dtype)).expand(tuple(value.shape))
+    return torch.zeros((), dtype=_dtype(value.dtype), device="cpu").expand(tuple(value.shape))
 
 
 def _dtype(dtype: Any) -> torch.dtype:

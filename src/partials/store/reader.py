@@ -137,7 +137,7 @@ class Store:
             if isinstance(key, slice):
                 chosen = range(n)[key]
                 return (len(chosen),), chosen
-            index = torch.as_tensor(key)
+            index = torch.as_tensor(key, device="cpu")
             if index.dtype == torch.bool and tuple(index.shape) == (n,):
                 index = index.nonzero().squeeze(1)
             index = index.to(torch.int64) if not index.numel() else index
@@ -191,7 +191,7 @@ class Store:
         self._demand("jacobian", "sketch")
         c = prod(self.out)
         self._demand_room((len(self) * c) ** 2 * self._working.itemsize)
-        found = torch.empty(len(self), c, len(self), c, dtype=self._working)
+        found = torch.empty(len(self), c, len(self), c, dtype=self._working, device="cpu")
         for left, mine in self.blocks():
             flat = mine.flatten(0, -2).to(self._working)
             for right, theirs in self.blocks():
@@ -204,7 +204,7 @@ class Store:
         self._demand_complete()
         self._demand("jacobian")
         parts, columns = self.columns.vector(v)
-        flat = self.columns.join(parts, 0).to(self._working)
+        flat = self.columns.join(parts, 0).to("cpu", self._working)
         found = torch.cat([rows.to(self._working) @ flat for _, rows in self.blocks()])
         return found if columns else found.squeeze(-1)
 
@@ -219,9 +219,9 @@ class Store:
         lead = (len(self), *self.out)
         if tuple(u.shape[: len(lead)]) != lead or u.ndim > len(lead) + 1:
             raise InputError("u has another shape than the store asks for", got=f"shape {tuple(u.shape)}", expected=f"shape {lead}")
-        total: Tensor = torch.zeros(self.shape[-1], *u.shape[len(lead) :], dtype=self._working)
+        total: Tensor = torch.zeros(self.shape[-1], *u.shape[len(lead) :], dtype=self._working, device="cpu")
         for samples, rows in self.blocks():
-            part = u[samples].reshape(len(rows) * self.values_width, *u.shape[len(lead) :]).to(self._working)
+            part = u[samples].reshape(len(rows) * self.values_width, *u.shape[len(lead) :]).to("cpu", self._working)
             total += rows.flatten(0, -2).to(self._working).T @ part
         return total
 

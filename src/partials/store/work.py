@@ -119,7 +119,7 @@ class Work:
         n, c, width = len(J), _blocks.size_of(J.out), J.columns.width
         if self.kind == "jacobian":
             fits = out is not None and len(out) >= n and out.shape[1:] == (c, width) and out.dtype == _numpy(J.dtype)
-            if out is not None and fits and J.dtype != torch.bfloat16:
+            if out is not None and fits and J.dtype != torch.bfloat16 and J.device.type == "cpu":
                 J.dense(out=torch.from_numpy(out[:n]).view(J.shape))
                 return out[:n]
             return _array(J.dense()).reshape(n, c, width)

@@ -86,10 +86,12 @@ class Case:
     refuses: Mapping[str, str] = field(default_factory=dict)
     """Methods that need not do this case (in every dtype), with words of the reason that they give."""
 
-    def make(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Call:
-        with torch.random.fork_rng(devices=[]):
+    def make(self, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> Call:
+        """On `device` (None: torch's default one), with the numbers that the CPU draws."""
+        device = torch.get_default_device() if device is None else torch.device(device)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(20)
-            return self.maker(dtype, torch.device(device))
+            return self.maker(dtype, device)
 
 
 CASES: dict[str, Case] = {}

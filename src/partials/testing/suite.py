@@ -162,7 +162,7 @@ def _flat(J: Jacobian) -> Tensor:
 def _one_backward(call: Call, J: Jacobian) -> Finding:
     """J^T u against the backward of sum(u * f)."""
     out = call.pick(call.f(*call.inputs, **call.kwargs))
-    u = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(7)).to(out.device)
+    u = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator("cpu").manual_seed(7), device="cpu").to(out.device)
     parts = torch.autograd.grad((out * u).sum(), list(call.parameters.values()), allow_unused=True)
     whole = [torch.zeros_like(p) if g is None else g for g, p in zip(parts, call.parameters.values(), strict=True)]
     return finding("J^T u = one backward", J.T @ u, torch.cat([g.flatten() for g in whole]))
