@@ -42,7 +42,7 @@ CASES = {  # model, inputs, quantity
     "sums": (mlp(256, 256, 256, 10), (torch.randn(16384, 256), labels(16384)), lambda J, out: J.sum()),
     "clipped": (mlp(256, 256, 256, 10), (torch.randn(16384, 256), labels(16384)), lambda J, out: J.clipped_sum(0.1)),
     "gram": (Mean(mlp(64, 512, 512, 10)), (torch.randn(640, 32, 64), labels(640)), lambda J, out: J.gram()),
-    "dense": (mlp(64, 128, 10), (torch.randn(8192, 64), labels(8192)), lambda J, out: J.dense(out=out)),
+    "dense": (mlp(32, 64, 64, 64, 10), (torch.randn(16384, 32), labels(16384)), lambda J, out: J.dense(out=out)),
     "deep": (Convolutions(16, 12), (torch.randn(64, 3, 32, 32), labels(64)), lambda J, out: J.norms()),
     "ten outputs": (mlp(256, 512, 512, 10), (torch.randn(2048, 256),), lambda J, out: J.norms()),
 }
