@@ -32,53 +32,48 @@ struct Held {
   size_t bytes;
 };
 
+using Stats = c10::CachingDeviceAllocator::DeviceStats;
 std::mutex counting;
-c10::CachingDeviceAllocator::DeviceStats counted;
+Stats counted;
 auto& in_use = counted.allocated_bytes[0];
 
 void let_go(void* context) {
-  auto* held = static_cast<Held*>(context);
-  {
-    std::lock_guard<std::mutex> lock(counting);
-    in_use.decrease(held->bytes);
-  }
-  delete held;
+  std::unique_ptr<Held> held(static_cast<Held*>(context));
+  std::lock_guard<std::mutex> lock(counting);
+  in_use.decrease(held->bytes);
 }
 
 c10::DataPtr labelled(const c10::Storage& cpu) {
-  {
-    std::lock_guard<std::mutex> lock(counting);
-    in_use.increase(cpu.nbytes());
-  }
+  std::lock_guard<std::mutex> lock(counting);
+  in_use.increase(cpu.nbytes());
   return {cpu.mutable_data(), new Held{cpu, cpu.nbytes()}, &let_go, kDevice};
 }
 
+c10::Storage storage_of(size_t bytes, c10::DataPtr data, c10::Allocator* allocator) {
+  return c10::Storage(c10::Storage::use_byte_size_t(), bytes, std::move(data), allocator, true);
+}
+
+c10::Storage new_on_cpu(size_t bytes) {
+  auto* allocator = c10::GetAllocator(c10::DeviceType::CPU);
+  return storage_of(bytes, allocator->allocate(bytes), allocator);
+}
+
 struct Memory final : c10::DeviceAllocator {
-  c10::DataPtr allocate(size_t bytes) override {
-    return labelled(c10::Storage(c10::Storage::use_byte_size_t(), bytes, c10::GetAllocator(c10::DeviceType::CPU), true));
-  }
-  void copy_data(void* to, const void* from, size_t bytes) const override {
-    default_copy_data(to, from, bytes);
-  }
-  bool initialized() override {
-    return true;
-  }
+  c10::DataPtr allocate(size_t bytes) override { return labelled(new_on_cpu(bytes)); }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+  bool initialized() override { return true; }
   void emptyCache(c10::MempoolId_t) override {}
   void recordStream(const c10::DataPtr&, c10::Stream) override {}
-  c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex) override {
+  Stats getDeviceStats(c10::DeviceIndex) override {
     std::lock_guard<std::mutex> lock(counting);
     return counted;
   }
-  void resetAccumulatedStats(c10::DeviceIndex) override {
-    std::lock_guard<std::mutex> lock(counting);
-    in_use.reset_accumulated();
-  }
+  void resetAccumulatedStats(c10::DeviceIndex) override {}
   void resetPeakStats(c10::DeviceIndex) override {
     std::lock_guard<std::mutex> lock(counting);
     in_use.reset_peak();
   }
   std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex) override {
-    std::lock_guard<std::mutex> lock(counting);
     const size_t all = size_t(1) << 34;
     return {all - in_use.current, all};
   }
@@ -88,11 +83,7 @@ Memory memory;
 
 c10::Storage of_cpu(const c10::Storage& storage) {
   auto* held = static_cast<Held*>(storage.data_ptr().get_context());
-  return held ? held->cpu : c10::Storage(c10::Storage::use_byte_size_t(), 0, c10::GetAllocator(c10::DeviceType::CPU), true);
-}
-
-c10::Storage of_device(const c10::Storage& cpu) {
-  return c10::Storage(c10::Storage::use_byte_size_t(), cpu.nbytes(), labelled(cpu), &memory, true);
+  return held ? held->cpu : new_on_cpu(0);
 }
 
 Tensor tensor_on(const c10::Storage& storage, c10::DispatchKey key, const Tensor& like) {
@@ -107,36 +98,18 @@ Tensor tensor_on(const c10::Storage& storage, c10::DispatchKey key, const Tensor
 
 struct Random final : c10::GeneratorImpl {
   explicit Random(at::Generator inner) : GeneratorImpl(kDevice, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)), cpu(inner) {}
-  void set_current_seed(uint64_t seed) override {
-    cpu.set_current_seed(seed);
-  }
-  void set_offset(uint64_t offset) override {
-    cpu.set_offset(offset);
-  }
-  uint64_t get_offset() const override {
-    return cpu.get_offset();
-  }
-  uint64_t current_seed() const override {
-    return cpu.current_seed();
-  }
-  uint64_t seed() override {
-    return cpu.seed();
-  }
-  void set_state(const c10::TensorImpl& state) override {
-    cpu.unsafeGetGeneratorImpl()->set_state(state);
-  }
-  c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
-    return cpu.unsafeGetGeneratorImpl()->get_state();
-  }
-  Random* clone_impl() const override {
-    return new Random(cpu.clone());
-  }
+  void set_current_seed(uint64_t seed) override { cpu.set_current_seed(seed); }
+  void set_offset(uint64_t offset) override { cpu.set_offset(offset); }
+  uint64_t get_offset() const override { return cpu.get_offset(); }
+  uint64_t current_seed() const override { return cpu.current_seed(); }
+  uint64_t seed() override { return cpu.seed(); }
+  void set_state(const c10::TensorImpl& state) override { cpu.unsafeGetGeneratorImpl()->set_state(state); }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return cpu.unsafeGetGeneratorImpl()->get_state(); }
+  Random* clone_impl() const override { return new Random(cpu.clone()); }
   at::Generator cpu;
 };
 
-at::Generator new_generator() {
-  return at::make_generator<Random>(at::detail::createCPUGenerator());
-}
+at::Generator new_generator() { return at::make_generator<Random>(at::detail::createCPUGenerator()); }
 
 const at::Generator& default_generator() {
   static const at::Generator one = new_generator();
@@ -150,6 +123,14 @@ at::Generator of_cpu(const at::Generator& generator) {
 }
 
 // ---- operations ----
+
+// Whether operations that wait for an accelerator, to read or to send numbers, are errors.
+std::atomic<bool> waiting_refused = false;
+const std::unordered_set<std::string> waiting = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"};
+
+void wait(const std::string& name) {
+  TORCH_CHECK(!waiting_refused, "called an operation that waits for the device: ", name);
+}
 
 // The tensors of one call, and what the CPU's kernel sees in their place.
 class Crossing {
@@ -203,7 +184,7 @@ class Crossing {
     for (const auto& [ours, other] : storages_)
       if (other.unsafeGetStorageImpl() == cpu.unsafeGetStorageImpl())
         return ours;
-    storages_.emplace_back(of_device(cpu), cpu);  // (two results may share their memory)
+    storages_.emplace_back(storage_of(cpu.nbytes(), labelled(cpu), &memory), cpu);  // (two results may share their memory)
     return storages_.back().first;
   }
 
@@ -293,11 +274,11 @@ void cross(const c10::OperatorHandle& op, const c10::OperatorHandle& kernel, Sta
   }
 }
 
-c10::OperatorHandle named(const char* name, const char* overload = "") {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload);
-}
+c10::OperatorHandle named(const char* name, const char* overload = "") { return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload); }
 
 void any(const c10::OperatorHandle& op, Stack* stack) {
+  if (waiting.count(base_name(op)))
+    wait(op.schema().name());
   cross(op, op, stack);
 }
 
@@ -314,7 +295,9 @@ void convolution_backward(const c10::OperatorHandle& op, Stack* stack) {
   cross(all, all, stack);
 }
 
-Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
+Tensor copy_from(const Tensor& from, const Tensor& to, bool without_waiting) {
+  if (from.device() != to.device() && !without_waiting)
+    wait("aten::copy_");
   Crossing crossing;
   at::AutoDispatchBelowADInplaceOrView below;
   crossing.down(to).copy_(crossing.down(from));
@@ -340,49 +323,23 @@ Tensor zero_tensor(
 // ---- what torch asks of any device ----
 
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<kType> {
-  c10::Device getDevice() const override {
-    return kDevice;
-  }
-  c10::Device exchangeDevice(c10::Device) const override {
-    return kDevice;
-  }
-  c10::Stream getStream(c10::Device) const noexcept override {
-    return c10::Stream(c10::Stream::DEFAULT, kDevice);
-  }
-  c10::Stream exchangeStream(c10::Stream) const noexcept override {
-    return c10::Stream(c10::Stream::DEFAULT, kDevice);
-  }
+  c10::Device getDevice() const override { return kDevice; }
+  c10::Device exchangeDevice(c10::Device) const override { return kDevice; }
+  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
+  c10::Stream exchangeStream(c10::Stream) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
 };
 
 struct Hooks final : at::PrivateUse1HooksInterface {
-  bool isBuilt() const override {
-    return true;
-  }
-  bool isAvailable() const override {
-    return true;
-  }
-  bool hasPrimaryContext(c10::DeviceIndex) const override {
-    return true;
-  }
-  c10::DeviceIndex deviceCount() const override {
-    return 1;
-  }
-  c10::DeviceIndex getCurrentDevice() const override {
-    return 0;
-  }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
   void setCurrentDevice(c10::DeviceIndex) const override {}
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override {
-    return 0;
-  }
-  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override {
-    return 0;
-  }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
-    return default_generator();
-  }
-  at::Generator getNewGenerator(c10::DeviceIndex) const override {
-    return new_generator();
-  }
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return default_generator(); }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override { return new_generator(); }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
     auto cpu = of_cpu(storage);
     auto larger = memory.allocate(bytes);
@@ -420,6 +377,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 TORCH_LIBRARY(pretend, m) {
   c10::SetAllocator(kType, &memory);
   at::RegisterPrivateUse1HooksInterface(&hooks);
+  m.def("refuse_waiting(bool refuse) -> ()", [](bool refuse) { waiting_refused = refuse; });
   m.def("seed(int seed) -> ()", [](int64_t seed) { const_cast<at::Generator&>(default_generator()).set_current_seed(seed); });
   m.def("get_state() -> Tensor", [] { return default_generator().get_state(); });
   m.def("set_state(Tensor state) -> ()", [](const Tensor& state) { const_cast<at::Generator&>(default_generator()).set_state(state); });

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import shutil
 import sys
 import types
@@ -66,7 +67,8 @@ def _gru_cell_backward(grad: Tensor, workspace: Tensor, has_bias: bool) -> tuple
 def load() -> torch.device:
     """The device, built where torch's cache of extensions does not hold it yet."""
     source = Path(__file__).with_suffix(".cpp")
-    cpp_extension.load(NAME, [str(source)], extra_cflags=["-O1"], is_python_module=False)
+    version = hashlib.sha256(source.read_bytes()).hexdigest()[:8]  # (another tree's does not take its place while it is in use)
+    cpp_extension.load(f"{NAME}_{version}", [str(source)], extra_cflags=["-O1"], is_python_module=False)
     for kernel in (_lstm_cell, _lstm_cell_backward, _gru_cell, _gru_cell_backward):
         _KERNELS.impl(kernel.__name__.replace("_", "_thnn_fused_", 1) + ("_impl" if kernel is _lstm_cell_backward else ""), kernel, "PrivateUse1")
     torch.utils.rename_privateuse1_backend(NAME)
