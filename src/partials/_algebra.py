@@ -10,6 +10,7 @@ import torch
 
 from . import _room
 from ._blocks import Block, Dense, Index, ranges, size_of
+from ._errors import InputError, listed
 from ._typing import Tensor
 
 Blocks = Mapping[str, tuple[Block, ...]]
@@ -79,6 +80,21 @@ def normal(blocks: Blocks, matrix: Tensor | None) -> Tensor:
         start += len(formed)
         parts = [sum_of(parts)]
     return parts[0]
+
+
+def demand_finite(squares: Mapping[str, Tensor]) -> None:
+    """InputError that names the samples whose squared norms, (N, 1) of each parameter, are not finite; one answer of the device for all."""
+    together = torch.cat([square.flatten() for square in {id(square): square for square in squares.values()}.values()])
+    if bool(together.isfinite().all()):
+        return
+    for name, square in squares.items():
+        if bad := (~square.isfinite()).flatten().nonzero().flatten().tolist():
+            raise InputError(
+                "clipped_sum met rows that are not finite",
+                got=f"samples {listed(bad)} of {name!r}",
+                expected="finite gradients",
+                hint="drop these samples: J[mask]",
+            )
 
 
 def other_norms(blocks: Blocks, order: float) -> Tensor:

@@ -27,7 +27,7 @@ from ._rows import AbstractJacobian, Origin
 from ._run import compute, wrap
 from ._sinks import Place, Sink, Written, known
 from ._snapshot import Snapshot
-from ._state import drawn_from
+from ._state import drawn_from, rng_kept
 from ._typing import Tensor
 from .checks import Report, inspect, verify
 from .checks.report import merged
@@ -35,6 +35,9 @@ from .checks.report import merged
 HELD, TRIAL = 6, 5
 """A Jacobian is held whole if it takes a sixth of the budget at most (finding out where the samples lie takes twice that); samples of
 the piece that is checked."""
+
+
+IN_PIECES = "in pieces, since the whole was too large: "
 
 
 def solve(problem: Problem, method: str, policy: str) -> Any:
@@ -48,16 +51,22 @@ def solve(problem: Problem, method: str, policy: str) -> Any:
         return _whole(problem, method, policy)
     if budget is not None:
         return _within(problem, method, policy, budget)
-    failed = ""
+    found, failed = _held_whole(problem, method, policy)
+    if failed:
+        found = _within(problem, method, policy, share(device), hold=False)
+        found.plan.notes.append(IN_PIECES + failed)
+    return found
+
+
+def _held_whole(problem: Problem, method: str, policy: str) -> tuple[Any, str]:
+    """(the Jacobian, held whole, "") or (None, why there is no room for it)."""
     try:
-        return _whole(problem, method, policy)
+        return _whole(problem, method, policy), ""
     except Exception as error:
         if problem.create_graph or not (isinstance(error, TooLarge) or out_of_memory(error)):
             raise
         failed = str(error).partition("\n")[0]
-    found = _within(problem, method, policy, share(device), hold=False)  # (outside the except block: a traceback keeps tensors alive)
-    found.plan.notes.append(f"in pieces, since the whole was too large: {failed}")
-    return found
+    return None, failed  # (outside the except block: a traceback keeps tensors alive)
 
 
 def _whole(problem: Problem, method: str, policy: str) -> Any:
@@ -80,9 +89,15 @@ def _within(problem: Problem, method: str, policy: str, budget: int, *, hold: bo
     if together:
         return _pieces_of(problem, method, policy, budget, snapshot, facts, None)
     found, each, fixed = _trial(problem, method, policy, budget)
+    failed = ""
     if hold and (fixed + each * problem.size) * HELD <= budget:
-        return _limited(_whole(problem, found.plan.method, policy), budget)
-    return _pieces_of(problem, found.plan.method, policy, budget, snapshot, facts, found, each)
+        whole, failed = _held_whole(problem, found.plan.method, policy)
+        if not failed:
+            return _limited(whole, budget)
+    pieces = _pieces_of(problem, found.plan.method, policy, budget, snapshot, facts, found, each)
+    if failed:
+        pieces.plan.notes.append(IN_PIECES + failed)
+    return pieces
 
 
 def _trial(problem: Problem, method: str, policy: str, budget: int) -> tuple[Any, float, float]:
@@ -131,7 +146,7 @@ def _limited(found: Any, budget: int) -> Any:
 def _held(problem: Problem, method: str, policy: str, budget: int, why: str) -> Any:
     """A Jacobian that cannot be cut: refused where a sample's share says that the whole does not fit."""
     if problem.batched and problem.size > 1:
-        with meter() as seen:
+        with meter() as seen, rng_kept(problem.targets[0].tensor.device):  # (the masks of the call are those without a budget)
             _whole(span(problem, slice(0, 1)), method, "never")
         needed = seen.peak * problem.size
         if needed > budget:

@@ -208,15 +208,6 @@ class Jacobian(AbstractJacobian):
             if per == "all":
                 total = _algebra.sum_of(list(squares.values()))
                 squares = dict.fromkeys(squares, total)
-            for name, square in squares.items():
-                bad = (~square.isfinite()).flatten().nonzero().flatten().tolist()
-                if bad:
-                    raise InputError(
-                        "clipped_sum met rows that are not finite",
-                        got=f"samples {listed(bad)} of {name!r}",
-                        expected="finite gradients",
-                        hint="drop these samples: J[mask]",
-                    )
             # (a scalar factor for each sample folds into the cotangent: one product per parameter)
             norms = {name: square.clamp_min(0).sqrt() for name, square in squares.items()}
             factors = {name: (bounds[name] / (norm + epsilon)).clamp(max=1).unsqueeze(-1) for name, norm in norms.items()}
@@ -224,6 +215,7 @@ class Jacobian(AbstractJacobian):
                 clipped = self._sums.rmatmul(factors[self.names[0]])
             else:
                 clipped = torch.cat([Sums({name: group}, self.attached).rmatmul(factors[name]) for name, group in self.blocks.items()])
+            _algebra.demand_finite(squares)  # (last: to read the answer is to wait for the device)
         return clipped.squeeze(-1), {name: norm.squeeze(1) for name, norm in norms.items()}
 
     @joined()

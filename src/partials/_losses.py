@@ -1,11 +1,12 @@
 """Losses of torch's own whose value for every sample is one call with reduction="none": no transform has to run them sample by sample.
 
 Each function takes a loss by its settings and gives (output, target) -> (N,), or None where what the loss says of a batch of one is
-more than that: other shapes, ignored targets, weights.
+more than that: other shapes, weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,9 +35,9 @@ def at_once(loss: Any, output: Tensor, target: Any) -> Tensor | None:
     if function is not None:
         return _entry_by_entry(function, getattr(loss, "reduction", "mean"), output, target)
     if loss is F.cross_entropy:
-        return _classes(output, target, -100, 0.0)
+        return _classes(output, target, -100, 0.0, mean=True)
     if type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.reduction in ("mean", "sum"):
-        return _classes(output, target, loss.ignore_index, loss.label_smoothing, ignored=loss.reduction == "sum")
+        return _classes(output, target, loss.ignore_index, loss.label_smoothing, mean=loss.reduction == "mean")
     return None
 
 
@@ -49,10 +50,9 @@ def _entry_by_entry(function: Callable[..., Tensor], reduction: str, output: Ten
     return entries.flatten(1).mean(1) if reduction == "mean" else entries.flatten(1).sum(1)
 
 
-def _classes(output: Tensor, target: Tensor, ignore: int, smoothing: float, *, ignored: bool = False) -> Tensor | None:
-    """A class for each sample; the mean over a sample whose class is ignored is not a number, and is left to the loss itself."""
+def _classes(output: Tensor, target: Tensor, ignore: int, smoothing: float, *, mean: bool) -> Tensor | None:
+    """A class for each sample; the mean over a sample whose class is ignored is not a number, and its gradient nothing."""
     if output.ndim != 2 or target.ndim != 1 or target.is_floating_point():
         return None
-    if not ignored and bool((target == ignore).any()):
-        return None
-    return F.cross_entropy(output, target, ignore_index=ignore, reduction="none", label_smoothing=smoothing)
+    each = F.cross_entropy(output, target, ignore_index=ignore, reduction="none", label_smoothing=smoothing)
+    return each.masked_fill(target == ignore, math.nan) if mean else each

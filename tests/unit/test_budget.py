@@ -9,6 +9,7 @@ from torch import nn
 
 import partials as pt
 from partials import _budget, _measured
+from partials.capture import trial
 from partials.testing import CASES, modules
 from tests.oracle import reference
 
@@ -173,6 +174,17 @@ def test_masks_of_the_whole_batch_need_the_whole_batch():
 
 
 @pytest.mark.parametrize("policy", ["same", "different"])
+def test_a_budget_changes_no_mask_of_a_policy(policy):
+    model, x = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 3)).double(), torch.randn(20, 4).double()
+    torch.manual_seed(5)
+    whole = pt.jacobian(model, x, randomness=policy)
+    after = torch.rand(())
+    torch.manual_seed(5)
+    near(pt.jacobian(model, x, randomness=policy, max_memory="1GiB").dense(), whole.dense())
+    assert torch.equal(torch.rand(()), after)
+
+
+@pytest.mark.parametrize("policy", ["same", "different"])
 def test_policies_of_vmap_are_not_cut(policy):
     model, x = nn.Sequential(nn.Linear(400, 400), nn.Dropout(0.5), nn.Linear(400, 1)), torch.randn(1000, 400)
     with pytest.raises(pt.MemoryBudgetError, match="draws for the whole batch"):
@@ -274,18 +286,22 @@ def test_a_failed_allocation_halves_the_piece(monkeypatch):
     assert max(sizes) > 6 and sizes[-1] <= 6
 
 
-def test_a_whole_that_cannot_be_allocated_is_taken_in_pieces(monkeypatch):
+@pytest.mark.parametrize("budget", [None, "1GiB"])
+@pytest.mark.parametrize(("module", "name"), [(_budget, "compute"), (trial, "solve")])
+def test_a_whole_that_cannot_be_allocated_is_taken_in_pieces(module, name, budget, monkeypatch):
+    """In the forward or in the reverse pass, where no other method may be taken for it."""
     model, x = modules.mlp().double(), torch.randn(40, 4).double()
-    expected, compute = pt.jacobian(model, x).norms(), _budget.compute
+    expected, function = pt.jacobian(model, x).norms(), getattr(module, name)
 
-    def failing(problem, method):
+    def failing(problem, *rest):
         if problem.size > 20:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return compute(problem, method)
+        return function(problem, *rest)
 
-    monkeypatch.setattr(_budget, "compute", failing)
-    J = pt.jacobian(model, x)
+    monkeypatch.setattr(module, name, failing)
+    J = pt.jacobian(model, x, max_memory=budget)
     near(J.norms(), expected)
+    assert J.plan.method == "capture"
     assert any("the whole was too large" in note for note in J.plan.notes)
 
 

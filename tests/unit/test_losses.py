@@ -31,8 +31,8 @@ CASES = {
     "classes of a module": (nn.CrossEntropyLoss(), output(3), CLASSES, True),
     "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), output(3), CLASSES, True),
     "summed, one ignored": (nn.CrossEntropyLoss(reduction="sum", ignore_index=2), output(3), CLASSES, True),
-    "one ignored": (nn.CrossEntropyLoss(ignore_index=2), output(3), CLASSES, False),
-    "one ignored, of the function": (F.cross_entropy, output(3), CLASSES.index_fill(0, torch.tensor(1), -100), False),
+    "one ignored": (nn.CrossEntropyLoss(ignore_index=2), output(3), CLASSES, True),
+    "one ignored, of the function": (F.cross_entropy, output(3), CLASSES.index_fill(0, torch.tensor(1), -100), True),
     "with weights": (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]).double(), reduction="sum"), output(3), CLASSES, False),
     "probabilities": (F.cross_entropy, output(3), output(3, seed=1).softmax(1), False),
     "tokens": (F.cross_entropy, output(3, 4), torch.zeros(N, 4, dtype=torch.long), False),
@@ -57,7 +57,7 @@ def test_the_loss_of_every_sample(name):
     torch.testing.assert_close(G.values.flatten(), torch.stack(values).detach(), rtol=1e-12, atol=1e-14, equal_nan=True)
     if known:
         assert found.shape == (N,)
-        torch.testing.assert_close(found, torch.stack(values), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found, torch.stack(values), rtol=1e-12, atol=1e-14, equal_nan=True)
     expected = torch.stack(rows) * y.detach()
     torch.testing.assert_close(G["w"].reshape(expected.shape), expected, rtol=1e-11, atol=1e-13, equal_nan=True)
 

@@ -10,7 +10,7 @@ import torch
 from .._algebra import Blocks
 from .._compat import inside_transform
 from .._errors import MethodError, PartialsError
-from .._machine import share
+from .._machine import out_of_memory, share
 from .._plan import LARGE, Cost, TooLarge, Use, Verdict, human_bytes
 from .._probe import Facts, demand_policy, look
 from .._problem import Problem
@@ -90,7 +90,10 @@ def _solved(problem: Problem, run: Run, runner: str) -> Computed:
         return solve(problem, run, runner)
     except (Refused, PartialsError):
         raise
-    except Exception as error:  # f ran: a reverse pass that fails here may do so only in the way that capture runs it
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        # f ran: a reverse pass that fails here may do so only in the way that capture runs it
         raise Refused(f"the reverse pass fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from error
 
 
