@@ -89,19 +89,34 @@ def _snapshot(module: nn.Module) -> Snapshot:
 @contextmanager
 def rng_kept(device: torch.device) -> Iterator[None]:
     """The random state of the CPU and of `device` is the same afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    state = random_state(device)
+    try:
         yield
+    finally:
+        restore(state, device)
 
 
 RandomState = tuple[Tensor, ...]
-"""Of the CPU's generator, and of a CUDA device's."""
+"""Of the CPU's generator, and of an accelerator's."""
 
 
 def random_state(device: torch.device) -> RandomState:
-    """The state of the CPU's generator, and of `device`'s where it is a CUDA device."""
+    """The state of the CPU's generator, and of `device`'s own where it has one."""
     cpu = torch.default_generator.get_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+    return (cpu, own.get_rng_state(*place(device))) if (own := _own_numbers(device)) else (cpu,)
+
+
+def _own_numbers(device: torch.device) -> Any:
+    """The module of torch that holds the generator of an accelerator; None of the CPU and of devices without one."""
+    if device.type in ("cpu", "meta"):
+        return None
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "get_rng_state") else None
+
+
+def place(device: torch.device) -> tuple[torch.device, ...]:
+    """What tells torch's module of an accelerator which one is meant: Apple's has one only, and takes nothing."""
+    return () if device.type == "mps" else (device,)
 
 
 def drawn_since(state: RandomState, device: torch.device) -> bool:
@@ -114,7 +129,7 @@ def restore(state: RandomState, device: torch.device) -> None:
     """The generators of the CPU and of `device` as `random_state` found them."""
     torch.set_rng_state(state[0])
     for other in state[1:]:
-        torch.cuda.set_rng_state(other, device)
+        _own_numbers(device).set_rng_state(other, *place(device))
 
 
 @contextmanager
@@ -154,7 +169,8 @@ Rounding = tuple[tuple[str, torch.dtype | None], ...]
 
 def rounding() -> Rounding:
     """The autocast that is on, with its dtypes."""
-    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)])
+    kinds = ("cpu", "cuda") if (card := torch.accelerator.current_accelerator()) is None or card.type == "cuda" else ("cpu", "cuda", card.type)
+    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)])
 
 
 @contextmanager

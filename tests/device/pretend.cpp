@@ -203,7 +203,8 @@ const std::unordered_set<std::string> arithmetic = {
 const std::unordered_set<std::string> indexing = {"index", "index_put", "_index_put_impl", "_unsafe_index", "_unsafe_index_put"};
 
 std::string base_name(const c10::OperatorHandle& op) {
-  auto name = op.schema().name().substr(6);  // without "aten::"
+  auto name = op.schema().name();
+  name.erase(0, name.find("::") + 2);
   if (name.back() == '_' && name.substr(0, 2) != "__")
     name.pop_back();
   return name;
@@ -322,9 +323,11 @@ Tensor zero_tensor(
 
 // ---- what torch asks of any device ----
 
+// One device, one stream, on which everything is done at once.
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<kType> {
   c10::Device getDevice() const override { return kDevice; }
   c10::Device exchangeDevice(c10::Device) const override { return kDevice; }
+  void synchronizeDevice(c10::DeviceIndex) const override {}
   c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, kDevice); }
 };
