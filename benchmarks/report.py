@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks.bars import Bar, Figures, bars
@@ -12,6 +14,8 @@ from benchmarks.reasons import reason
 from benchmarks.timing import ratio
 from partials._plan import human_bytes
 
+ACCELERATOR = Path(__file__).parent / "accelerator.json"
+"""What `benchmarks.accelerator --json` wrote on a machine that has one."""
 HEAD = """# Benchmarks
 
 This page is written by `./dev bench --write`; its figures come from the run that it describes.
@@ -24,8 +28,9 @@ turns, ratios are medians over turns of the ratio within a turn, and the spread 
 that of the library before it is timed. Times are of whole calls with `check="never"`, from the function to the result, unless factors
 are given.
 
-These are figures of a CPU. There are none of a GPU yet: `python -m benchmarks.accelerator --device cuda` measures one. Derivatives by
-inputs, stores and two workers have benchmarks of their own: `python -m benchmarks.inputs`, `.store`, `.workers`, `.overhead`.
+These are figures of a CPU; at the end are those of a GPU, of larger cases, as `python -m benchmarks.accelerator` measured them.
+Derivatives by inputs, stores, two workers and calls have benchmarks of their own: `python -m benchmarks.inputs`, `.store`, `.workers`,
+`.overhead`.
 """
 
 
@@ -60,7 +65,28 @@ def page(figures: Figures, machine: str, versions: str) -> str:
     parts = [HEAD.format(machine=machine, versions=versions), "## The bars\n", table(figures), *_missed(figures)]
     for case, found in figures.items():
         parts += [f"\n## {case}\n", *_case(found)]
+    if ACCELERATOR.exists():
+        parts += _accelerator(json.loads(ACCELERATOR.read_text()))
     return "\n".join(parts) + "\n"
+
+
+def _accelerator(known: dict[str, Any]) -> Iterator[str]:
+    """The record of a run of `benchmarks.accelerator`."""
+    yield f"\n## On an accelerator\n\n{known['machine']}. Memory is what the allocator handed out at once, beyond the model and the batch."
+    yield "\n| case | quantity | | time, ms | training steps | memory |\n| --- | --- | --- | --- | --- | --- |"
+    plain: list[str] = []
+    for case, quantities in known.items():
+        for quantity, candidates in quantities.items() if case != "machine" else ():
+            for who, its in candidates.items():
+                if isinstance(its, dict):
+                    cells = f"{1e3 * its['seconds']:.2f} | {its['steps']:.2f} | {human_bytes(float(its['peak'] or 0))}"
+                    yield f"| {case} | {quantity} | {who} | {cells} |"
+                else:
+                    plain.append(
+                        f"- {case}, {quantity}, {who}: "
+                        + (f"{human_bytes(its)}/s" if "bytes/s" in quantity else f"{its:.2g}" if isinstance(its, float) else its)
+                    )
+    yield "\n" + "\n".join(plain)
 
 
 def _missed(figures: Figures) -> Iterator[str]:

@@ -57,6 +57,13 @@ class Columns:
         ]
         return torch.cat(flat, lead)
 
+    def pieces(self, v: Tensor | Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor] | None:
+        """A vector, (P,) or tensors by name, as the parts (p,) of the parameters in their order; None for a matrix (P, k)."""
+        if isinstance(v, Tensor) and v.ndim == 1 and len(v) == self.width:
+            return list(v.to(dtype).split(self.sizes))
+        parts, columns = self.vector(v)
+        return None if columns else [part.to(dtype).reshape(-1) for part in parts.values()]
+
     def vector(self, v: Tensor | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
         """A vector (P,), a matrix (P, k) or tensors by name -> ({name: (*shape, k)}, whether there were columns)."""
         if isinstance(v, Mapping):

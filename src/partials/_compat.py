@@ -9,7 +9,7 @@ import os
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,23 @@ def batched(t: Tensor, level: int) -> Tensor:
     return _private._add_batch_dim(t, 0, level)
 
 
+def first_mapped(t: Tensor) -> Tensor | None:
+    """The tensor beneath one vmap that maps its first dimension; t itself where nothing wraps it, None where that is not how it lies."""
+    if not _private.is_functorch_wrapped_tensor(t):
+        return t
+    raw: Tensor = _private.get_unwrapped(t)
+    return raw if _private.maybe_get_bdim(t) == 0 and not _private.is_functorch_wrapped_tensor(raw) else None
+
+
+def node_beneath(t: Tensor) -> Any:
+    """The graph node of the tensor beneath one vmap, or of t itself."""
+    return _private.get_unwrapped(t).grad_fn if _private.is_functorch_wrapped_tensor(t) else t.grad_fn
+
+
+Below: Any = getattr(torch._C, "_DisableFuncTorch", nullcontext)
+"""A context for operations on tensors that nothing wraps: as if no transform were running, so that torch does not decompose them."""
+
+
 def current_level() -> int | None:
     """The number of the innermost running torch.func transform, None outside any."""
     return _private.maybe_current_level() if _private is not None else None
@@ -125,6 +142,11 @@ def compiled_somewhere() -> bool:
     if backends is None:
         return "torch._dynamo" in sys.modules
     return any(backend is not None for backend in backends.values())
+
+
+def transform_now() -> int | None:
+    """The number of the innermost running torch.func transform, None outside any, -1 where nobody can say."""
+    return _private.maybe_current_level() if PRIVATE else -1
 
 
 def transforming() -> bool:
@@ -191,7 +213,8 @@ def is_compiled(module: torch.nn.Module) -> bool:
 def own_memory(z: Tensor) -> tuple[Tensor, Tensor]:
     """`z` and the tensor beneath its vmap levels, no longer a view: later in-place operations on z leave its gradient edge right."""
     if transform_of(z) != "vmap":
-        fresh = torch.ops.aten._unsafe_view(z, z.shape)
+        with Below():
+            fresh = torch.ops.aten._unsafe_view(z, z.shape)
         return fresh, fresh
     below, bottom = own_memory(_private.get_unwrapped(z))
     return _private._add_batch_dim(below, _private.maybe_get_bdim(z), _private.maybe_get_level(z)), bottom

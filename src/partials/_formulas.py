@@ -68,9 +68,14 @@ def formulas(**wanted: str) -> Iterator[None]:
         _WANTED.reset(token)
 
 
+def asked(quantity: str) -> str:
+    """The formula that `formulas` asks for, "" for none."""
+    return _WANTED.get().get(quantity, "")
+
+
 def choice(quantity: str, costs: Costs) -> str:
     """The formula of a quantity: the wanted one, if it is among those of `costs`, else the one of the least cost."""
-    wanted = _WANTED.get().get(quantity, "")
+    wanted = asked(quantity)
     return wanted if wanted in costs else min(costs, key=lambda formula: costs[formula])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce, singledispatch
+from functools import cached_property, reduce, singledispatch
 from itertools import pairwise
 from math import isqrt
 from typing import final
@@ -66,13 +66,14 @@ class Gather(Block):
     def matmul(self, v: Tensor) -> Tensor:
         (index, g), table = self._kept(), v.to(self.g.dtype).flatten(1)
         chunks = in_chunks(len(g), index.shape[1] * table[:1].nbytes, g)
-        return cat([contracted(g[s], embedding(index[s], table).unflatten(-1, v.shape[1:])) for s in chunks])
+        parts = (_cut(chunk, index, g) for chunk in chunks)
+        return cat([contracted(h, embedding(its, table).view(*its.shape, *v.shape[1:])) for its, h in parts])
 
     def rmatmul(self, u: Tensor) -> Tensor:
         (index, g), u = self._kept(), u.to(self.g.dtype)
         chunks = in_chunks(u.shape[-1], g[:, :1].nbytes, g)
         parts = (folded(g, u[..., columns]) for columns in chunks)  # (N, T, E, k)
-        return cat([_summed(part.flatten(2), index, self.shape[0]).view(*self.shape, -1) for part in parts], -1)
+        return cat([_summed(part.flatten(2), index, self.shape[0]).view(*self.shape, part.shape[-1]) for part in parts], -1)
 
     def rmatmul_into(self, out: Tensor, u: Tensor) -> None:
         if u.shape[-1] != 1 or out.dtype != self.g.dtype or not out.is_contiguous():
@@ -123,10 +124,14 @@ class Gather(Block):
 
     def _kept(self) -> tuple[Tensor, Tensor]:
         """Index and cotangents in which the ignored entries are zeros for row 0."""
-        ignored = self.index < 0
-        if self.index.device.type == "cpu" and not ignored.any():
+        if self._whole:
             return self.index, self.g
-        return self.index.clamp_min(0), self.g.masked_fill(ignored[:, None, :, None], 0)
+        return self.index.clamp_min(0), self.g.masked_fill((self.index < 0)[:, None, :, None], 0)
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether no entry is known to be ignored."""
+        return self.index.device.type == "cpu" and not (self.index < 0).any()
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         """The indices of each sample in order, (N, T + 1), and at the first place of each the sum of its cotangents, (N, C, T + 1, E).
@@ -208,7 +213,7 @@ def _gram_by_rows(left: Gather, right: Block, strip: int) -> Tensor:
 
 def _summed(values: Tensor, place: Tensor, size: int) -> Tensor:
     """Sums of the `values` (..., E) that share a `place` (...): (size, E)."""
-    values = values.reshape(-1, values.shape[-1])
+    values = values.flatten(0, -2)
     nothing = values.new_zeros(()).expand(size, values.shape[-1])  # index_add writes its copy: no zeros of that size besides
     return nothing.index_add(0, place.reshape(-1), values)
 
@@ -232,6 +237,11 @@ def in_chunks(count: int, each: int, like: Tensor, most: int | None = None) -> I
     """Slices of `count` things of `each` bytes, as many at a time as a `tile` holds, one at the least; one empty slice of none."""
     step = max(1, min(_room.tile(like) // max(1, each), count if most is None else most))
     return ranges(count, step)
+
+
+def _cut(samples: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """These samples of each; itself where they are all."""
+    return tuple([t if samples == slice(0, len(t)) else t[samples] for t in tensors])
 
 
 def in_tiles(one: Callable[[slice, slice], Tensor], n: int, m: int, each: int, like: Tensor, same: bool = False) -> Tensor:
@@ -284,14 +294,14 @@ def contracted(g: Tensor, seen: Tensor) -> Tensor:
 
 
 def _met(g: Tensor, seen: Tensor, few: bool) -> Tensor:
-    return (seen.mT @ g.mT).mT if few else g @ seen
+    return torch.bmm(seen.mT, g.mT).mT if few else torch.bmm(g, seen)
 
 
 def folded(g: Tensor, u: Tensor) -> Tensor:
     """(N, C, ...) with (N, C, k) to (N, ..., k)."""
     if g.shape[1] * u.shape[-1] == 1:
         return (g * u.reshape(u.shape[:2] + (1,) * (g.dim() - 2))).squeeze(1).unsqueeze(-1)
-    return cat([u.mT @ mine for mine in _in_views(g)], 2).mT.unflatten(1, g.shape[2:])
+    return cat([torch.bmm(u.mT, mine) for mine in _in_views(g)], 2).mT.unflatten(1, g.shape[2:])
 
 
 def _in_views(g: Tensor) -> list[Tensor]:

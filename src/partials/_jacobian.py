@@ -71,8 +71,11 @@ class Jacobian(AbstractJacobian):
     @joined()
     def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
         """J v: (P,), (P, k) or tensors by name -> (N, *out) or (N, *out, k)."""
-        parts, columns = self.columns.vector(v)
         with self._reading():
+            pieces = None if self.attached else self.columns.pieces(v, self._sums.dtype)
+            if pieces is not None:
+                return self._sums.push(pieces).reshape(self._lead)
+            parts, columns = self.columns.vector(v)
             found = self._fold(self._sums.matmul(parts))
         return found if columns else found.squeeze(-1)
 

@@ -22,10 +22,15 @@ def rows_by_rows(left: Tensor, right: Tensor) -> Tensor:
     return left @ right.T
 
 
+def strip_of(count: int) -> int:
+    """The rows of one of the strips of a product of `count` rows with themselves, each a product of its own: those of few rows are slow."""
+    return max(1, count if count <= WHOLE else -(-count // (2 if count < MANY else 4)))
+
+
 def _symmetric(rows: Tensor) -> Tensor:
     """rows @ rows.T by strips, from the diagonal on; what lies before it is mirrored."""
     found = rows.new_empty(len(rows), len(rows))
-    step = -(-len(rows) // (2 if len(rows) < MANY else 4))  # (each strip is a product of its own: those of few rows are slow)
+    step = strip_of(len(rows))
     for start in range(0, len(rows), step):
         strip = slice(start, start + step)
         torch.mm(rows[strip], rows[start:].T, out=found[strip, start:])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import call, is_
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -209,6 +209,8 @@ def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss
         code: Any = getattr(f.forward, "__func__", None)
     elif type(f) is FunctionType and (params is None or isinstance(params, nn.Module)):
         code = None if hasattr(f, "__wrapped__") else f.__code__
+    elif type(f) is MethodType and type(f.__func__) is FunctionType and isinstance(params, nn.Module):
+        code = None if hasattr(f, "__wrapped__") else f.__func__.__code__
     else:
         return None
     root = _root(f, params)
@@ -256,7 +258,7 @@ def _remember(key: Hashable, root: nn.Module | None, problem: Problem, f: Functi
         attributes |= {"targets": (), "parameters": ()}
     leaves = tuple((leaf.name, leaf.argument, places[id(leaf.tensor)], leaf.dim) for leaf in problem.leaves)
     plain = problem.module is None or not without_backward(problem.module, twice=problem.create_graph)
-    history = History(bufferless=plain and (tree is None or tree.bufferless), straight=not problem.spared and problem.randomness == "error")
+    history = History(bufferless=plain and (tree is None or tree.bufferless), straight=not problem.spared)
     known = Known({**attributes, "history": history}, leaves, targets, tree, history)
     problem.history = history
     with _LOCK:

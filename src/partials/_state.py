@@ -190,10 +190,15 @@ def unrounded() -> AbstractContextManager[None]:
     return autocast(tuple([(kind, None) for kind, _ in rounding()]))
 
 
-@contextmanager
-def arithmetic(*, attached: bool) -> Iterator[None]:
+def arithmetic(*, attached: bool) -> AbstractContextManager[Any]:
     """For what is computed from factors: gradients are recorded only where results carry them, and nothing is rounded by autocast."""
-    with torch.enable_grad() if attached else torch.no_grad(), unrounded():
+    recorded = torch.enable_grad() if attached else torch.no_grad()
+    return _unrounded_besides(recorded) if rounding() else recorded
+
+
+@contextmanager
+def _unrounded_besides(recorded: AbstractContextManager[Any]) -> Iterator[None]:
+    with recorded, unrounded():
         yield
 
 

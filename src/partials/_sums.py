@@ -6,18 +6,21 @@ is that of the cotangents times the sum of those of the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import prod
 
 import torch
 
+from . import _formulas
 from ._algebra import Blocks, pairs, squared_norms, sum_of
 from ._blocks import Block, Factored, size_of
+from ._factors import Outer
 from ._gather import across, cat, contracted, folded, in_chunks, own, widest
-from ._products import dots, rows_by_rows
+from ._products import dots, rows_by_rows, strip_of
 from ._typing import Tensor
+from ._vectors import Row, Weight
 
 Members = list[tuple[str, Factored]]
 
@@ -35,17 +38,37 @@ class Sums:
         alone, together = self._for(next(iter(v.values())).shape[-1])
         return sum_of([*(block.matmul(v[name]) for name, block in alone), *(_met(members, v) for members in together)])
 
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """J v of one vector, in the parts (p,) of the parameters: (N, C)."""
+        rows, rest = self._laid_out if self._by_rows else ([], self)
+        found = [row.push(v) for row in rows]
+        if rest.blocks:
+            parts = {name: v[self._places[name]].view(*group[0].shape, 1) for name, group in rest.blocks.items()}
+            found.append(rest.matmul(parts).squeeze(-1))
+        return sum_of(found)
+
     def rmatmul(self, u: Tensor) -> Tensor:
         """J^T u: (N, C, k) -> (P, k), each parameter's part written to its place."""
-        k, sizes = u.shape[-1], [size_of(group[0].shape) for group in self.blocks.values()]
+        k, sizes = u.shape[-1], self._sizes
         if self.attached:
             parts = [sum_of([block.rmatmul(u) for block in group]) for group in self.blocks.values()]
             return torch.cat([part.reshape(size, k) for part, size in zip(parts, sizes, strict=True)])
-        dtype = reduce(torch.promote_types, {block.dtype for group in self.blocks.values() for block in group})
-        flat = u.new_empty(sum(sizes), k, dtype=dtype)
-        out = {name: part.view(*self.blocks[name][0].shape, k) for name, part in zip(self.blocks, flat.split(sizes), strict=True)}
-        alone, together = self._for(k)
-        written: set[str] = set()
+        flat = u.new_empty(sum(sizes), k, dtype=self.dtype)
+        if k == 1 and self._by_rows:
+            rows, rest = self._laid_out
+            parts, column = flat.view(-1).split(sizes), u.squeeze(-1).to(self.dtype)
+            for row in rows:
+                row.pull(column, parts)
+        else:
+            rest, parts = self, flat.split(sizes)
+        if rest.blocks:
+            out = {name: parts[self._places[name]].view(*group[0].shape, k) for name, group in rest.blocks.items()}
+            rest._write(out, u, set() if rest is self else {name for name in rest.blocks if name in self._in_rows})
+        return flat
+
+    def _write(self, out: Mapping[str, Tensor], u: Tensor, written: set[str]) -> None:
+        """J^T u into the places of the parameters, added to those that are `written`."""
+        alone, together = self._for(u.shape[-1])
         for name, block in alone:
             if name in written:
                 out[name].add_(block.rmatmul(u))
@@ -55,7 +78,6 @@ class Sums:
         for members in together:
             _pulled(members, u, out, written)
             written.update(name for name, _ in members)
-        return flat
 
     def squared_norms(self) -> Tensor:
         """|J[n, c]|^2: (N, C)."""
@@ -70,12 +92,53 @@ class Sums:
     def gram(self, other: Sums) -> Tensor:
         """<J[n, c], K[m, d]>: (N, C, M, D)."""
         mine, its = self._once, other._once
+        alone = other is self and not self.attached
         common = [names for names in mine if names in its]
         joined = {name for names in common for name in names}
         rest = [name for name in self.blocks if name not in joined]
         left, right = ({name: side.blocks[name] for name in rest} for side in (self, other))
-        parts = (_gram(mine[names], its[names]) for names in common)
+        parts = _own_grams([mine[names] for names in common]) if alone else (_gram(mine[names], its[names]) for names in common)
         return sum_of([*parts, pairs(lambda a, b: a.gram(b), left, right)] if rest else parts)
+
+    @property
+    def _by_rows(self) -> bool:
+        return not self.attached and _formulas.asked("products") != "rows"
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [size_of(group[0].shape) for group in self.blocks.values()]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.blocks)}
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of J^T u."""
+        return reduce(torch.promote_types, {block.dtype for group in self.blocks.values() for block in group})
+
+    @cached_property
+    def _laid_out(self) -> tuple[list[Row], Sums]:
+        """For one vector: the blocks of one position by their cotangent, and those that are left."""
+        found: dict[object, Members] = {}
+        for name, group in self.blocks.items():
+            for block in group:
+                if isinstance(block, Factored) and block.once is not None and block.dtype == self.dtype:
+                    found.setdefault(_place(block.cotangent), []).append((name, block))
+        rows, written, taken = list[Row](), set[str](), set[int]()
+        for members in found.values():
+            row = _row(members, self._places, written)
+            if row is not None:
+                rows.append(row)
+                written.update(name for name, _ in members)
+                taken.update(id(block) for _, block in members)
+        left = {name: tuple(block for block in group if id(block) not in taken) for name, group in self.blocks.items()}
+        return rows, Sums({name: group for name, group in left.items() if group})
+
+    @cached_property
+    def _in_rows(self) -> frozenset[str]:
+        rest = self._laid_out[1].blocks
+        return frozenset(name for name, group in self.blocks.items() if len(group) > len(rest.get(name, ())))
 
     @cached_property
     def _together(self) -> list[Members]:
@@ -124,6 +187,19 @@ def _bare(g: Tensor) -> Tensor:
     return g.view(*g.shape[:2], *([size for size in g.shape[2:] if size != 1] or [1]))
 
 
+def _row(members: Members, places: Mapping[str, int], written: set[str]) -> Row | None:
+    """The members as one row; None of biases alone, which need none."""
+    seen, weights, biases = set(written), list[Weight](), list[tuple[int, bool]]()
+    for name, block in sorted(members, key=lambda member: isinstance(member[1].once, int)):  # (as they are written: weights first)
+        place, a, add = places[name], block.once, name in seen
+        seen.add(name)
+        if isinstance(block, Outer) and isinstance(a, Tensor):
+            weights.append(Weight(place, a, block.layout == "io", add))
+        else:
+            biases.append((place, add))
+    return Row.of(_bare(members[0][1].cotangent), weights, biases) if weights else None
+
+
 def _met(members: Members, v: Mapping[str, Tensor]) -> Tensor:
     """J v of all members: (N, C, k)."""
     g, k = _bare(members[0][1].cotangent), v[members[0][0]].shape[-1]
@@ -161,7 +237,8 @@ def _alike(left: Members, right: Members, products: Callable[[Tensor, Tensor], T
     """The sum over members of products of what their cotangents meet: inputs, or the one of a bias."""
     pairs = [(x.once, y.once) for (_, x), (_, y) in zip(left, right, strict=True)]
     found = sum_of(products(*widest(a, b)) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
-    return found + sum(not isinstance(a, Tensor) for a, _ in pairs)
+    ones = sum(not isinstance(a, Tensor) for a, _ in pairs)
+    return found.add_(ones) if ones and not found.requires_grad else found + ones
 
 
 def _squared_norms(members: Members) -> Tensor:
@@ -172,6 +249,26 @@ def _squared_norms(members: Members) -> Tensor:
 def _own_gram(members: Members) -> Tensor:
     g = _bare(members[0][1].cotangent)
     return own(g, g) * _alike(members, members, dots)[:, None, None]
+
+
+def _own_grams(groups: list[Members]) -> list[Tensor]:
+    """The sum over the groups of the products of their rows with themselves: from the diagonal on, and mirrored once they are added."""
+    sides = [(widest(_bare(members[0][1].cotangent).flatten(2))[0], members) for members in groups]
+    if not sides:
+        return []
+    n, c = sides[0][0].shape[:2]
+    rows = [g.flatten(0, 1) for g, _ in sides]
+    found = rows[0].new_empty(n, c, n, c)
+    step = -(-strip_of(n * c) // max(1, c))
+    for start in range(0, n, step):
+        here, on = slice(start, start + step), slice(start, None)
+        tile = found[here, :, on]
+        for i, (_, members) in enumerate(sides):
+            met = torch.mm(rows[i][start * c : (start + step) * c], rows[i][start * c :].T).view(tile.shape)
+            alike = _alike(members, members, lambda a, b: a[here] @ b[on].T)[:, None, :, None].to(met.dtype)  # noqa: B023
+            tile.addcmul_(met, alike) if i else torch.mul(met, alike, out=tile)
+        found[here, :, :start] = found[:start, :, here].permute(2, 3, 0, 1)
+    return [found]
 
 
 def _gram(left: Members, right: Members) -> Tensor:

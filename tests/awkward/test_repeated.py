@@ -33,6 +33,44 @@ def other_data():
         yield Call(model, (scale * torch.randn(N, 3),))
 
 
+class Trainer:
+    """What holds a model and a loss: the function that is differentiated is a method of it."""
+
+    def __init__(self, net):
+        self.net, self.power, self.shift = net, 2, 0.0
+
+    def loss(self, x, y):
+        found = self.net(x)
+        return ((found - y + self.shift) ** self.power).sum(-1) if self.power else (found - y).abs().sum(-1)
+
+
+class Product(Trainer):
+    def loss(self, x, y):
+        return (self.net(x) * y).sum(-1)
+
+
+@case
+def methods_of_objects_that_change():
+    model, x, y = mlp(), torch.randn(N, 3), torch.randn(N, 2)
+    first, second, product = Trainer(model), Trainer(model), Product(model)
+
+    def call(trainer):
+        return Call(trainer.loss, (x, y), {"params": model}, list(model.parameters()))
+
+    for _ in range(4):
+        yield call(first)
+    second.shift, second.power = 0.5, 3
+    for trainer in (second, first, product, second, product):
+        yield call(trainer)
+    first.power = 0
+    for _ in range(3):
+        yield call(first)
+    second.net = mlp()  # not the module that is asked about
+    for _ in range(2):
+        yield call(second)
+    yield call(first)
+
+
 @case
 def the_same_tensor_with_other_values():
     model, x = mlp(), torch.randn(N, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from math import prod
 from typing import Any
 
@@ -20,6 +21,10 @@ from partials._gather import Gather
 
 Tensor = torch.Tensor
 BUDGETS = [None, 1, 500]
+
+
+def entries(block: Any) -> dict[str, Any]:
+    return {field.name: getattr(block, field.name) for field in fields(block)}
 
 
 def reference(block: Block) -> Tensor:
@@ -108,7 +113,7 @@ def test_rows_and_products_with_matrices(block: Block, k: int, size: int | None)
         close(reference(block.mixed(matrix)), matrix @ rows)
     for shape_of in (block.dense().shape[2:], block.rmatmul(u).shape[:-1]):
         assert shape_of == torch.Size(shape)
-    assert block.nbytes() == sum(x.numel() * x.element_size() for x in vars(block).values() if isinstance(x, Tensor))
+    assert block.nbytes() == sum(x.numel() * x.element_size() for x in entries(block).values() if isinstance(x, Tensor))
 
 
 @given(st.sampled_from(KINDS), st.sampled_from(KINDS), shapes, samples, samples, few, few, few, few, st.sampled_from(BUDGETS))
@@ -223,7 +228,7 @@ class TestWrite:
 
 def leaves_of(block: Block) -> list[Tensor]:
     """The floating tensors of a block, from now on with gradients."""
-    return [x.requires_grad_() for x in vars(block).values() if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x.requires_grad_() for x in entries(block).values() if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 QUANTITIES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -284,10 +289,10 @@ def test_a_planted_error_is_seen(one: str, quantity: str, t: int) -> None:
 @pytest.mark.parametrize("one", KINDS[:4])
 def test_half_precision_is_summed_in_float32(one: str, t: int, dtype: torch.dtype) -> None:
     def half(block: Block) -> Any:
-        return type(block)(**{k: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in vars(block).items()})
+        return type(block)(**{k: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in entries(block).items()})
 
     def wide(block: Any) -> Any:
-        return type(block)(**{k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in vars(block).items()})
+        return type(block)(**{k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in entries(block).items()})
 
     left = half(make(one, (4, 3), 3, 2, t))
     left.g.mul_(300)  # whose square is no float16
@@ -312,11 +317,11 @@ def test_strided_and_expanded_factors(kind: str, t: int) -> None:
     block = make(kind, (4, 3), 3, 2, t)
     shared: Any = block
     strided = {
-        name: x.mT.contiguous().mT if x.dim() > 2 else x.T.contiguous().T for name, x in vars(block).items() if isinstance(x, Tensor)
+        name: x.mT.contiguous().mT if x.dim() > 2 else x.T.contiguous().T for name, x in entries(block).items() if isinstance(x, Tensor)
     }
     expanded = {name: x[:1].expand_as(x) for name, x in strided.items()}
     for tensors in (strided, expanded):
-        shared = type(block)(**{**vars(block), **tensors})
+        shared = type(block)(**{**entries(block), **tensors})
         rows, out = reference(shared), torch.empty(3, 2, 12, dtype=torch.float64)
         shared.write(out)
         close(out, rows)
@@ -347,7 +352,7 @@ def test_outer_keeps_to_its_budget(kind: str, quantity: str, t: int) -> None:
     left, right, out = make(kind, (30, 20), 16, 2, t), make(kind, (30, 20), 16, 2, 8), randn(16, 2, 600)
     with torch.no_grad(), budget_of(2**15), Largest() as seen:
         left.write(out) if quantity == "write" else QUANTITIES[quantity][0](left, right, None, None)
-    given_ = max(x.nbytes for block in (left, right) for x in vars(block).values() if isinstance(x, Tensor))
+    given_ = max(x.nbytes for block in (left, right) for x in entries(block).values() if isinstance(x, Tensor))
     result = out.untyped_storage().nbytes() if quantity == "write" else 0
     assert seen.nbytes <= max(given_, result, 2 * 2**15)
     assert seen.nbytes < 16 * 2 * 600 * 8 or seen.nbytes <= max(given_, result)
@@ -358,7 +363,7 @@ def test_outer_keeps_to_its_budget(kind: str, quantity: str, t: int) -> None:
 def test_gather_never_forms_its_table(two: str, quantity: str) -> None:
     left, right = make("gather", (5000, 4), 3, 2, 6), make(two, (5000, 4), 3, 2, 2)
     v, u = randn(5000, 4, 1), randn(3, 2, 1)
-    given_ = max(x.nbytes for block in (left, right) for x in vars(block).values() if isinstance(x, Tensor))
+    given_ = max(x.nbytes for block in (left, right) for x in entries(block).values() if isinstance(x, Tensor))
     with torch.no_grad(), Largest() as seen:
         QUANTITIES[quantity][0](left, right, v, u)
     assert seen.nbytes <= max(given_, v.nbytes) < 3 * 2 * 5000 * 4 * 8

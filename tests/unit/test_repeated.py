@@ -88,12 +88,19 @@ KEPT = {
 }
 
 
+RUNNERS = {"native": {}, "vmapped": {"randomness": "different"}}
+"""Options that decide which runner records f."""
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("name", KEPT)
-def test_runs_that_keep_to_the_script(name):
+def test_runs_that_keep_to_the_script(name, runner):
     net = Net(KEPT[name])
     for seed in range(5):
         net.turn = seed
-        assert same(pt.jacobian(net, x_of(seed), check="never"), net, x_of(seed), list(net.parameters()))
+        J = pt.jacobian(net, x_of(seed), check="never", **RUNNERS[runner])
+        assert same(J, net, x_of(seed), list(net.parameters()))
+        assert all((use.layout == "vmapped") is (runner == "vmapped") for use in J.plan.uses)
     (history,) = histories(net)
     assert (history.kept, history.missed) == (3, 0), "the first run is only counted, the second is written down, the others keep to it"
 
@@ -170,13 +177,15 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("turns", ["0001000", "00001111", "0101010101", "000011001100"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_run_that_differs_is_found(name, turns):
+def test_a_run_that_differs_is_found(name, turns, runner):
     net = Net(CHANGES[name])
     for seed, turn in enumerate(turns):
         net.turn = int(turn)
-        assert same(pt.jacobian(net, x_of(seed), check="never"), net, x_of(seed), list(net.parameters()))
+        J = pt.jacobian(net, x_of(seed), check="never", **RUNNERS[runner])
+        assert same(J, net, x_of(seed), list(net.parameters()))
 
 
 def test_a_branch_on_data_is_found():
@@ -410,6 +419,28 @@ def test_modules_that_are_equal_are_not_one():
             net = kind(usual)
             J = pt.jacobian(net, x_of(), check="never")
             assert same(J, net, x_of(), [J.leaves[name] for name in J.names])
+
+
+@pytest.mark.parametrize("policy", ["same", "different"])
+def test_masks_are_drawn_anew_in_every_call(policy):
+    net, x = Net(lambda self, x: self.last(nn.functional.dropout(self.first(x), 0.5) * (2 if self.turn else self.scale))), x_of()
+    for net.turn in (0, 0, 0, 0, 1, 0, 0, 0, 1, 1):
+        state = torch.get_rng_state()
+        J = pt.jacobian(net, x, check="never", randomness=policy)
+        torch.set_rng_state(state)
+        masks = torch.vmap(lambda one: nn.functional.dropout(one.new_ones(1, 4), 0.5), randomness=policy)(x)[:, 0]
+        expected = [net.first(x) * masks * (2 if net.turn else net.scale), torch.ones(N, 2)]
+        torch.testing.assert_close(J["last.weight"], expected[0][:, None, None].detach() * torch.eye(2).double()[..., None])
+        torch.testing.assert_close(J["last.bias"], torch.eye(2).double().expand(N, 2, 2))
+    assert histories(net)[0].kept
+
+
+def test_a_run_that_samples_may_mix_in_is_never_written_down():
+    net = Net(lambda self, x: self.last((self.first(x) - self.first(x).mean(0)).square()))
+    for _ in range(4):
+        with pytest.raises(pt.PartialsError):
+            pt.jacobian(net, x_of())
+    assert histories(net)[0].script is None
 
 
 def test_few_calls_are_remembered():

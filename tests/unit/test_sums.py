@@ -96,10 +96,19 @@ def test_every_sum(kind, n, c, room, attached):
             parts = v.split([torch.Size(group[0].shape).numel() for group in blocks.values()])
             by_name = {name: part.view(*group[0].shape, k) for (name, group), part in zip(blocks.items(), parts, strict=True)}
             near(sums.matmul(by_name), rows @ v)
+            if k == 1 and not attached:
+                near(sums.push([part.view(-1) for part in parts]), (rows @ v).squeeze(-1))
             near(sums.rmatmul(u), torch.einsum("ncp,nck->pk", rows, u))
         near(sums.squared_norms(), rows.square().sum(-1))
         near(sums.own_gram(), rows @ rows.mT)
         near(sums.gram(sums), torch.einsum("ncp,mdp->ncmd", rows, rows))
+
+
+@pytest.mark.parametrize(("n", "c"), [(300, 1), (70, 3), (3, 200), (1030, 1), (0, 2)])
+def test_a_gram_matrix_that_is_computed_in_strips(n, c):
+    blocks = {**layer(n, c, 5, 4), **{f"{name} of two": group for name, group in layer(n, c, 3, 2).items()}}
+    rows, sums = rows_of(blocks), Sums(blocks)
+    near(sums.gram(sums), torch.einsum("ncp,mdp->ncmd", rows, rows))
 
 
 def test_two_jacobians_of_which_one_shares():
@@ -112,16 +121,44 @@ def test_two_jacobians_of_which_one_shares():
 @pytest.mark.parametrize("c", [1, 3])
 def test_a_shared_cotangent_is_met_once(c, monkeypatch):
     met: list[str] = []
-    for name in ("contracted", "folded", "across", "dots"):
+    for name in ("contracted", "folded", "dots"):
         inner = getattr(_sums, name)
         monkeypatch.setattr(_sums, name, lambda *args, inner=inner, name=name: (met.append(name), inner(*args))[1])
     J = pt.jacobian(torch.nn.Linear(5, c), torch.randn(6, 5))
-    J @ torch.randn(J.shape[-1])
-    J.T @ torch.randn(J.shape[:-1])
-    J.gram()
-    assert met == ["contracted", "folded", "across"]
+    J @ torch.randn(J.shape[-1], 2)
+    J.T @ torch.randn(*J.shape[:-1], 2)
+    assert met == ["contracted", "folded"]
     J.norms()
-    assert met[3:] == ["dots", "dots"]
+    assert met[-2:] == ["dots", "dots"]
+
+
+class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the arithmetic that a tensor takes part in."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.place, self.count = tensor.data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = func._schema.returns and func._schema.returns[0].alias_info is not None
+        self.count += not views and any(isinstance(arg, Tensor) and arg.data_ptr() == self.place for arg in args)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_shared_cotangent_is_read_once():
+    J = pt.jacobian(torch.nn.Linear(5, 3), torch.randn(6, 5))
+    v, u, g = torch.randn(J.shape[-1]), torch.randn(J.shape[:-1]), J.blocks["weight"][0].cotangent
+    for product in (lambda: J @ v, lambda: J.T @ u, J.gram):
+        with Reads(g) as reads:
+            product()
+        assert reads.count == 1
+
+
+def test_a_vector_meets_rows_where_they_are_asked_for():
+    blocks = layer(4, 2, 5, 3)
+    rows, v = rows_of(blocks), randn(18)
+    with torch.no_grad(), pt.formulas(products="rows"):
+        near(Sums(blocks).push(list(v.split([15, 3]))), rows @ v)
 
 
 def test_equal_numbers_elsewhere_or_in_another_order_are_not_shared():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.func import vmap as torch_vmap
@@ -26,18 +26,29 @@ from .known import LAYOUTS
 from .layout import Layout, spilt
 from .recorder import Recorder
 from .reverse import cotangents, single, weighted
-from .script import Scribe
 from .tape import TapeRecorder
 from .trace import Refused, Trace, Unplaced, Use
 from .walk import demand_complete
+
+
+class Watch(Protocol):
+    """A mode that f runs in."""
+
+    def begins(self, samples: Sequence[Tensor], level: int | None) -> None:
+        """What holds samples, as f is given it, and the number of our own vmap."""
+
+    def ends(self, values: Tensor) -> None:
+        """What f has returned."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> Any: ...
+
 
 Run = tuple[Tensor, Any, Trace, dict[str, Tensor]]
 
 
 def native(problem: Problem, kind: type[Recorder] = Recorder) -> Run:
     """f on the user's own batch: native kernels, the model's own masks, in-place writes and data-dependent branches."""
-    if kind is Recorder and problem.history is not None and problem.history.due():
-        kind = Scribe
     narrowed = problem.narrowed()
     if narrowed is problem:
         return _watched(problem, kind)
@@ -68,17 +79,18 @@ def _watched(problem: Problem, kind: type[Recorder]) -> Run:
     recorder.open = False
     out = problem.picker(returned)
     values = check_output(out if problem.batched else out.unsqueeze(0), problem.size, problem.name, batched=problem.batched)
+    recorder.ends(values)
     return values, whole, recorder.trace, tensors
 
 
-def taped(problem: Problem) -> Run:
+def taped(problem: Problem, kind: type[Recorder] = Recorder) -> Run:
     """The same, through reverse passes of f's own (torch.autograd.grad with create_graph=True)."""
     if problem.create_graph:
         raise Refused("create_graph=True through f's own reverse passes")
     return native(problem, TapeRecorder)
 
 
-def vmapped(problem: Problem) -> Run:
+def vmapped(problem: Problem, kind: type[Recorder] = Recorder) -> Run:
     """f under `torch.func.vmap`, each sample with a batch dimension of one: layouts are known, unknown operations are expanded."""
     if not problem.batched:
         raise Refused("a single sample has nothing to vectorise over")
@@ -87,31 +99,35 @@ def vmapped(problem: Problem) -> Run:
     if problem.randomness == "model":
         raise Refused('randomness="model" needs the masks of the whole batch')
     tensors = problem.tensors()
-    inputs = {t.name: problem.dim_of(t) for t in problem.inputs}
-    recorder = Recorder(parameters(problem, tensors), (), problem.size, expand_unknown=True, attached=problem.create_graph)
-    leaves = problem.given
-
-    def one(given: dict[str, Tensor], *sample: Tensor) -> Tensor:
-        whole = [leaf if dim is None else leaf.unsqueeze(dim) for leaf, dim in zip(sample, problem.dims, strict=True)]
-        put = {name: given[name].unsqueeze(inputs[name]) if name in inputs else tensor for name, tensor in tensors.items()}
-        recorder.level = _compat.current_level()
-        with recorder:
-            out = problem(put, whole)
-        return check_output(out, 1, problem.name, batched=True).squeeze(0)
-
-    given = {name: tensors[name] for name in inputs}
+    recorder = kind(parameters(problem, tensors), (), problem.size, expand_unknown=True, attached=problem.create_graph)
     try:
-        values = (
-            torch_vmap(one, in_dims=(inputs, *problem.dims), randomness=problem.randomness)(given, *leaves)
-            if given
-            else torch_vmap(lambda *sample: one({}, *sample), in_dims=tuple(problem.dims), randomness=problem.randomness)(*leaves)
-        )
+        values = apart(problem, tensors, recorder)
     except Refused:
         raise
     except Exception as error:  # f runs on the plain batch and on a plain sample: what fails only here is no fault of f
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise Refused(f"f cannot be run under torch.func.vmap ({first})") from error
     return values, None, recorder.trace, tensors
+
+
+def apart(problem: Problem, tensors: Mapping[str, Tensor], mode: Watch) -> Tensor:
+    """f's output, (N, *out), of samples that are run apart by vmap, under a mode that watches them."""
+    inputs = {t.name: problem.dim_of(t) for t in problem.inputs}
+    leaves, dims = problem.given, problem.dims
+
+    def one(given: dict[str, Tensor], *sample: Tensor) -> Tensor:
+        whole = [leaf if dim is None else leaf.unsqueeze(dim) for leaf, dim in zip(sample, dims, strict=True)]
+        put = {name: given[name].unsqueeze(inputs[name]) if name in inputs else tensor for name, tensor in tensors.items()}
+        mode.begins([leaf for leaf, dim in zip(whole, dims, strict=True) if dim is not None], _compat.current_level())
+        with mode:
+            out = problem(put, whole)
+        out = check_output(out, 1, problem.name, batched=True)
+        mode.ends(out)
+        return out.squeeze(0)
+
+    if not inputs:
+        return torch_vmap(lambda *sample: one({}, *sample), in_dims=tuple(dims), randomness=problem.randomness)(*leaves)
+    return torch_vmap(one, in_dims=(inputs, *dims), randomness=problem.randomness)({name: tensors[name] for name in inputs}, *leaves)
 
 
 def solve(problem: Problem, run: Run, runner: str) -> Computed:
@@ -125,7 +141,7 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
         return digest(entries), digest(entries, fine=True)
 
     if lasting and trace.draft is not None:
-        problem.history.script = trace.draft.script(trace, values, measured, sum(map(held, trace.uses)), course())
+        problem.history.script = trace.draft.script(trace, runner, measured, sum(map(held, trace.uses)), course())
     return answer(problem, run, runner, measured, course)
 
 
@@ -144,6 +160,7 @@ def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | 
         if outputs == 1
         else cotangents(values, edges, create_graph=problem.create_graph, one_by_one=trace.one_by_one)
     )
+    found = _unfolded(trace, found, 0 if outputs == 1 else 1)
     for use, placed in zip(uses, measured, strict=True):
         if placed is None and found[use.slot] is not None:  # a use that led nowhere when layouts were remembered
             measured, _ = _layouts(problem, values, trace, anew=True)
@@ -218,21 +235,21 @@ def _layouts(problem: Problem, values: Tensor, trace: Trace, *, anew: bool = Fal
         return [layouts.FIRST for _ in trace.uses], False
     open_uses = [use for use in trace.uses if use.layout is None]
     if not open_uses:
-        return _spread(trace.uses, []), False
+        return _spread(trace.uses, []), bool(trace.uses)
     key = (tuple(problem.dims), tuple(form(leaf.tensor.shape, n) for leaf in problem.leaves), form(values.shape, n), *trace.course)
     remembered = None if trace.routed or anew else LAYOUTS.get(key)
     if remembered is not None and len(remembered) == len(open_uses):
         known = [None if p is None else layouts.resolve(p, use.shape, n) for p, use in zip(remembered, open_uses, strict=True)]
         if all(k is not None or p is None for k, p in zip(known, remembered, strict=True)):
             return _spread(trace.uses, known), True
-    measured, proved = _measure(problem, values, open_uses, trace.edges, layouts.tolerance(trace.dtypes))
+    measured, proved = _measure(problem, values, open_uses, trace, layouts.tolerance(trace.dtypes))
     proved &= not trace.routed
     if proved:
         LAYOUTS.put(key, tuple([None if layout is None else layouts.pattern(layout) for layout in measured]))
     return _spread(trace.uses, measured), proved
 
 
-def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any], within: float) -> tuple[list[Layout | None], bool]:
+def _measure(problem: Problem, values: Tensor, uses: list[Use], trace: Trace, within: float) -> tuple[list[Layout | None], bool]:
     n = problem.size
     if n == 1:
         return [layouts.candidates(use.shape, 1)[0] for use in uses], False
@@ -241,8 +258,8 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
     generator = torch.Generator(device=values.device).manual_seed(n)
     seeds = torch.randn(values.shape, generator=generator, dtype=values.dtype, device=values.device)
     weights = 1 + torch.arange(n, dtype=torch.float64, device=values.device) / n
-    first = weighted(values, edges, seeds)
-    second = weighted(values, edges, seeds * weights.to(values.dtype).reshape(-1, *(1,) * (values.ndim - 1)))
+    first = _unfolded(trace, weighted(values, trace.edges, seeds))
+    second = _unfolded(trace, weighted(values, trace.edges, seeds * weights.to(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))))
     found: list[Layout | None] = []
     proved = True
     for use in uses:
@@ -259,6 +276,17 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], edges: list[Any]
         found.append(layout)
         proved &= sure
     return found, proved
+
+
+def _unfolded(trace: Trace, found: Sequence[Tensor | None], lead: int = 0) -> Sequence[Tensor | None]:
+    """The cotangents of a reverse pass in the shapes of what f saw, behind the first `lead` dimensions."""
+    if not trace.folded:
+        return found
+    seen = list(found)
+    for slot, shape in trace.folded.items():
+        g = seen[slot]
+        seen[slot] = None if g is None else g.reshape(*g.shape[:lead], *shape)
+    return seen
 
 
 def _spread(uses: list[Use], found: Sequence[Layout | None]) -> list[Layout | None]:

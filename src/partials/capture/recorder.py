@@ -7,7 +7,7 @@ in place or not, leaves the edge right.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -23,7 +23,6 @@ from .._typing import Tensor
 from ..rules import (
     COMPOSITES,
     ELEMENTWISE,
-    PHYSICAL,
     REPEATED,
     RULES,
     Declined,
@@ -31,15 +30,13 @@ from ..rules import (
     NoRule,
     Part,
     Run,
-    SumPart,
     embedding,
     keep,
-    with_data,
 )
+from .beneath import Placement, at_once, settled
 from .course import LONGEST, Course, Lengths, contents, form, wrapped
-from .layout import FIRST, Layout
 from .routes import EXPANDS, Uniform, constant, gains, multiplies, picks, routes, writes
-from .trace import Placement, Refused, Trace, Use, edge_of, label
+from .trace import Refused, Trace, Use, edge_of, label
 
 
 class Recorder(TorchFunctionMode):
@@ -68,6 +65,13 @@ class Recorder(TorchFunctionMode):
         """Of the present operation: those whose sizes are a multiple of N."""
         self.uniform = Uniform()
 
+    def begins(self, samples: Sequence[Tensor], level: int | None) -> None:
+        """Samples are run apart by the vmap of that level."""
+        self.level = level
+
+    def ends(self, values: Tensor) -> None:
+        """f is over and has returned these."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.transforming = _compat.transforming()
@@ -85,7 +89,7 @@ class Recorder(TorchFunctionMode):
             elif func not in EXPANDS or self.expand_unknown:
                 out = func(*args, **kwargs)
         else:
-            out = self._at_once(func, args, kwargs) if depends and func in PHYSICAL else func(*args, **kwargs)
+            out = at_once(func, args, kwargs, self.level, self.size) if depends else func(*args, **kwargs)
             self.trace.nested |= func is torch.autograd.grad
         if not self.transforming:
             self.uniform.see(func, args, kwargs, out)
@@ -249,58 +253,17 @@ class Recorder(TorchFunctionMode):
                 told.add(key)
         if told != mine:
             raise NoRule("the rule says nothing about one of its parameters")
-        out = func(*args, **kwargs)
+        out = at_once(func, args, kwargs, self.level, self.size)
         if not isinstance(out, Tensor):
             raise NoRule("an operation with several outputs")
-        raw, order = _compat.unwrapped(out) if self.transforming else (out, None)
-        if raw._is_view():
-            out, raw = _compat.own_memory(out)
-        place = Placement(raw.shape)
-        if raw is not out:
-            assert order is not None
-            levels, merges = raw.ndim - out.ndim, any(part.batched for part in parts)
-            if merges and levels > 1:
-                raise NoRule("a batch within several vmaps")
-            place = Placement(torch.Size([raw.shape[d] for d in order]), order, levels, merges)
-            parts = [self._beneath(part, place) for part in parts]
-        edge = edge_of(raw)
+        out, owner, folded, place, settled_parts = settled(func, out, parts, mapped=self.transforming)
+        edge = edge_of(owner)
         self.trace.stops[edge.node] = [t.grad_fn for t in self._data(args, kwargs, mine) if t.grad_fn is not None]
-        for part in parts:
+        for part in settled_parts:
             self._add(func, part, edge, place)
+        if folded is not None:
+            self.trace.folded[len(self.trace.edges) - 1] = folded
         return out
-
-    def _beneath(self, part: Part, place: Placement) -> Part:
-        """The part with its data as it is beneath vmap."""
-        rank = len(place.whole) - place.levels if type(part) is SumPart else 0  # (what broadcasts in a product, broadcasts beneath too)
-        return with_data(part, lambda t: self._physical(t, place, rank))
-
-    def _physical(self, t: Tensor, place: Placement, rank: int = 0) -> Tensor:
-        """The tensor beneath vmap with the mapped dimensions of the output in front, of at least `rank` dimensions behind them."""
-        raw, order = _compat.unwrapped(t)
-        mapped = place.whole[: place.levels]
-        if raw is t:
-            raw = t.expand(*mapped, *t.shape)
-        elif raw.ndim - t.ndim != place.levels:
-            raise NoRule("arguments of different vmaps")
-        else:
-            raw = raw.permute(order)
-        if t.ndim < rank:
-            raw = raw.reshape(*mapped, *(1,) * (rank - t.ndim), *t.shape)
-        return raw.flatten(0, 1) if place.merged else raw
-
-    def _at_once(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operation that vmap would run sample by sample, on the batch beneath our vmap."""
-        tensors = tensors_in((*args, *kwargs.values()))
-        below = [_compat.unwrapped(t)[0] for t in tensors]
-        one_level = all(raw.ndim - t.ndim == (raw is not t) for raw, t in zip(below, tensors, strict=True))
-        if self.level is None or self.level != _compat.current_level() or not one_level:
-            return func(*args, **kwargs)
-        place = Placement(torch.Size([self.size]), levels=1)
-        whole, named = rebuild((args, kwargs), iter([self._physical(t, place) for t in tensors]))
-        try:
-            return _compat.batched(PHYSICAL[func](*whole, **named), self.level)
-        except NoRule:
-            return func(*args, **kwargs)
 
     def _data(self, args: Any, kwargs: Any, mine: set[int]) -> list[Tensor]:
         others = [t for t in tensors_in((*args, *kwargs.values()) if kwargs else args) if id(t) not in mine]
@@ -372,13 +335,11 @@ class Recorder(TorchFunctionMode):
         if not self.attached and type(part) is ExpandedPart:
             part.expanded = part.parameter
         saved = tuple(keep(part, attached=self.attached))
-        shape, order = place.shape, place.order
-        if order is not None and not place.merged and order == tuple(range(len(order))):
-            order = None  # (they are in front already)
-        layout = None if self.level is None else Layout(0, 1, place.whole[1]) if place.merged and place.whole[1] != 1 else FIRST
+        shape = place.shape
+        layout = None if self.level is None else place.layout
         kind: Any = type(part)
         course.entries += (kind, form(shape, course.n))
-        trace.uses.append(Use(func, part, len(trace.edges) - 1, shape, order, place.merged, layout, saved))
+        trace.uses.append(Use(func, part, len(trace.edges) - 1, shape, place.order, place.merged, layout, saved))
 
 
 def broadcast(shapes: list[torch.Size]) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ Where an operation differs, f goes on unwatched, and is run once more by the rec
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.autograd.graph import GradientEdge
@@ -20,9 +20,10 @@ from .._problem import Problem
 from .._state import drawn_since, random_state, restore
 from .._typing import Tensor
 from ..methods._base import Computed
-from ..rules import RULES
+from ..rules import RULES, Part
 from ..rules._parts import keep
-from .engine import Run, answer
+from .beneath import at_once, settled
+from .engine import Run, answer, apart
 from .script import Names, Script
 from .trace import Trace, Use
 
@@ -38,9 +39,9 @@ def replayed(problem: Problem) -> Computed | None:
         return None
     before = random_state(device)
     run = _run(problem, script)
-    if run is not None and not drawn_since(before, device):
+    if run is not None and (problem.randomness != "error" or not drawn_since(before, device)):
         try:
-            found = answer(problem, run, "native", script.layouts, lambda: script.course)
+            found = answer(problem, run, script.runner, script.layouts, lambda: script.course)
         except PartialsError:
             raise
         except Exception:  # (Refused, or a reverse pass that fails: the recorder's run says it)
@@ -57,30 +58,44 @@ def replayed(problem: Problem) -> Computed | None:
 
 def _run(problem: Problem, script: Script) -> Run | None:
     tensors = {t.name: t.tensor for t in problem.targets}
-    replay = Replay(script, (*problem.samples, *tensors.values()))
-    with replay:
-        returned, whole = problem.plainly()
-    out = problem.picker(returned)
-    values = check_output(out, problem.size, problem.name, batched=True)
-    if not replay.kept or next(replay.steps, None) is not None or replay.names.of(values) != script.output:
-        return None
-    return values, whole, replay.trace, tensors
+    replay = Replay(script, tensors.values(), problem.samples, problem.size)
+    if script.runner == "vmapped":
+        try:
+            values, whole = apart(problem, tensors, replay), None
+        except Exception:  # (the recorder's run says what fails, and whether it fails elsewhere too)
+            return None
+    else:
+        with replay:
+            returned, whole = problem.plainly()
+        values = check_output(problem.picker(returned), problem.size, problem.name, batched=True)
+        replay.ends(values)
+    return (values, whole, replay.trace, tensors) if replay.kept else None
 
 
 class Replay(TorchFunctionMode):
     """Watches a run that is expected to keep to a script. `kept` says whether it has; from where it has not, nothing is recorded."""
 
-    def __init__(self, script: Script, given: Iterable[Tensor]) -> None:
+    def __init__(self, script: Script, wanted: Iterable[Tensor], samples: Iterable[Tensor], size: int) -> None:
         super().__init__()
-        self.names, self.trace = Names(given), Trace()
-        self.steps = iter(script.steps)
+        self.wanted, self.trace, self.size = tuple(wanted), Trace(), size
+        self.names = Names((*samples, *self.wanted))
+        self.steps, self.output = iter(script.steps), script.output
+        self.level: int | None = None
         self.kept = True
+
+    def begins(self, samples: Sequence[Tensor], level: int | None) -> None:
+        """Samples are run apart by the vmap of that level."""
+        self.names, self.level = Names((*samples, *self.wanted), mapped=True), level
+
+    def ends(self, values: Tensor) -> None:
+        """f is over and has returned these."""
+        self.kept = self.kept and next(self.steps, None) is None and self.names.of(values) == self.output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.kept:
             return func(*args, **kwargs) if kwargs else func(*args)
         step = next(self.steps, None)
-        if step is None or self.names.call(func, args, kwargs) != step.call or _compat.transforming():
+        if step is None or self.names.call(func, args, kwargs) != step.call or _compat.transform_now() != self.level:
             self.kept = False
             return func(*args, **kwargs) if kwargs else func(*args)
         if step.within:
@@ -90,22 +105,24 @@ class Replay(TorchFunctionMode):
         elif step.uses:
             out = self._use(step.uses, func, args, kwargs or {})
         else:
-            out = func(*args, **kwargs) if kwargs else func(*args)
+            out = at_once(func, args, kwargs, self.level, self.size)
         self.names.mark(out, args)
         return out
 
     def _use(self, uses: tuple[bool, ...], func: Any, args: Any, kwargs: Any) -> Any:
-        parts = tuple(RULES[func](*args, **kwargs))
-        out = func(*args, **kwargs)
-        if out._is_view():
-            out, _ = _compat.own_memory(out)
-        node, trace = out.grad_fn, self.trace
+        parts: Sequence[Part] = tuple(RULES[func](*args, **kwargs))
+        out = at_once(func, args, kwargs, self.level, self.size)
+        out, owner, folded, place, parts = settled(func, out, parts, mapped=self.level is not None)
+        node, trace = owner.grad_fn, self.trace
         if node is None or len(parts) != len(uses):
             self.kept = False
             return out
         slot = len(trace.edges)
-        trace.edges.append(GradientEdge(node, out.output_nr))
+        trace.edges.append(GradientEdge(node, owner.output_nr))
+        if folded is not None:
+            trace.folded[slot] = folded
         for part, wanted in zip(parts, uses, strict=True):
             if wanted:
-                trace.uses.append(Use(func, part, slot, out.shape, saved=tuple(keep(part, attached=False))))
+                saved = tuple(keep(part, attached=False))
+                trace.uses.append(Use(func, part, slot, place.shape, place.order, place.merged, saved=saved))
         return out

@@ -9,8 +9,9 @@ operation of torch's own on named tensors, whose graph leads to its arguments an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
@@ -49,6 +50,8 @@ class Step:
 class Script:
     """A run, and what was found out about it."""
 
+    runner: str
+    """native or vmapped."""
     steps: tuple[Step, ...]
     output: Hashable
     layouts: tuple[Layout, ...]
@@ -65,10 +68,12 @@ class Names:
     A result carries its number as an attribute. Its graph node is kept as well, since a tensor that was written to unseen has another.
     """
 
-    __slots__ = ("given", "lost", "nodes", "origin")
+    __slots__ = ("given", "history", "lost", "nodes", "origin")
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
+    def __init__(self, given: Iterable[Tensor], *, mapped: bool = False) -> None:
         self.origin = next(_RUNS) * SPAN
+        self.history: Callable[[Any], Any] = _compat.node_beneath if mapped else attrgetter("grad_fn")
+        """A tensor's graph node."""
         self.given = {id(t): -1 - i for i, t in enumerate(given)}
         self.nodes: list[Any] = [None]
         self.lost = False
@@ -78,21 +83,21 @@ class Names:
         """The name of a tensor; one that equals nothing where it has a history that no operation showed."""
         number: int = getattr(t, NAME, 0) - self.origin
         if 0 < number < SPAN:
-            if t.grad_fn is self.nodes[number]:
+            if self.history(t) is self.nodes[number]:
                 return number
         elif (found := self.given.get(id(t))) is not None:
             return found
-        elif t.grad_fn is None:
-            return t.shape
+        elif self.history(t) is None:
+            return t.shape if not _compat.transform_of(t) else (t.shape, "of each sample")
         self.lost = True
         return object()
 
     def call(self, func: Any, args: Any, kwargs: Any) -> list[Any]:
         """A call as a list that can be compared."""
         words: list[Any] = [func]
-        origin, nodes = self.origin, self.nodes
+        origin, nodes, history = self.origin, self.nodes, self.history
         for value in args:
-            if isinstance(value, Tensor) and 0 < (number := getattr(value, NAME, 0) - origin) < SPAN and value.grad_fn is nodes[number]:
+            if isinstance(value, Tensor) and 0 < (number := getattr(value, NAME, 0) - origin) < SPAN and history(value) is nodes[number]:
                 words.append(number)  # (most arguments are, and need no more)
             else:
                 self._add(words, (value,), func)
@@ -127,10 +132,10 @@ class Names:
             for value in args:
                 if value is out:  # (x.contiguous() may be x; relu in place is x with another history)
                     if 0 < (number := getattr(out, NAME, 0) - self.origin) < SPAN:
-                        self.nodes[number] = out.grad_fn
+                        self.nodes[number] = self.history(out)
                     return
             setattr(out, NAME, self.origin + len(self.nodes))
-            self.nodes.append(out.grad_fn)
+            self.nodes.append(self.history(out))
         elif isinstance(out, tuple | list):
             for _, t in walk(out, ""):
                 self.mark(t, args)
@@ -159,16 +164,18 @@ class Draft:
     plain: bool
     """Whether a later run can be held against it."""
     steps: list[Step | None] = field(default_factory=list)
+    output: Hashable = None
+    """The name of what f has returned."""
 
-    def script(self, trace: Trace, values: Tensor, layouts: Sequence[Layout | None], needed: int, course: tuple[int, int]) -> Script | None:
+    def script(self, trace: Trace, runner: str, layouts: Sequence[Layout | None], needed: int, course: tuple[int, int]) -> Script | None:
         """The script of the run that is over, where all of it can be told again."""
         placed = tuple([p for p in layouts if p is not None and p.owned is None])
         by_values = trace.routed or any(isinstance(entry, Constant) for entry in trace.course)
         strange = by_values or trace.nested or trace.one_by_one or trace.expanded or len(placed) < len(layouts)
-        output = self.names.of(values)
+        output = self.output
         if not self.plain or strange or not trace.uses or not isinstance(output, int) or output < 0:
             return None
-        return Script(tuple([step for step in self.steps if step is not None]), output, placed, needed, course)
+        return Script(runner, tuple([step for step in self.steps if step is not None]), output, placed, needed, course)
 
 
 class Scribe(Recorder):
@@ -179,13 +186,22 @@ class Scribe(Recorder):
         plain = all(t.grad_fn is None for t in self.wanted.values())
         self.draft = self.trace.draft = Draft(Names((*self.given, *self.wanted.values())), plain)
 
+    def begins(self, samples: Sequence[Tensor], level: int | None) -> None:
+        super().begins(samples, level)
+        self.samples = samples
+        self.draft.names = Names((*samples, *self.wanted.values()), mapped=True)
+
+    def ends(self, values: Tensor) -> None:
+        self.draft.output = self.draft.names.of(values)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         draft = self.draft
         at, uses = len(draft.steps), len(self.trace.uses)
         call = draft.names.call(func, args, kwargs)
         draft.steps.append(None)
         out = super().__torch_function__(func, types, args, kwargs)
-        draft.plain &= _told_again(func, kwargs or {}) and not self.transforming and not draft.names.lost
+        draft.plain &= _told_again(func, kwargs or {}) and not draft.names.lost
+        draft.plain &= _compat.transform_now() == self.level
         if draft.plain:
             step = self._step(call, func, args, kwargs or {}, self.trace.uses[uses:], within=len(draft.steps) > at + 1)
             draft.steps[at], draft.plain = step, step is not None

@@ -25,8 +25,9 @@ from .._typing import Tensor
 from ..methods._composite import TABLE as WRITTEN_OUT
 from ..rules import RULES, GatherPart, NoRule, OuterPart, SumPart
 from ..rules.elementwise import ENTRY_BY_ENTRY
+from .beneath import Placement
 from .recorder import Recorder, broadcast
-from .trace import Placement, Refused, label
+from .trace import Refused, label
 
 _FLIPPED = {"oi": "io", "io": "oi"}
 

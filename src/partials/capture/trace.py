@@ -46,6 +46,8 @@ class Trace:
 
     uses: list[Use] = field(default_factory=list)
     edges: list[GradientEdge] = field(default_factory=list)
+    folded: dict[int, torch.Size] = field(default_factory=dict)
+    """Slot -> the shape in which a cotangent is seen, where it comes to a tensor that f sees with more dimensions."""
     stops: dict[Any, list[Any]] = field(default_factory=dict)
     """Graph node of a recorded edge -> nodes of its data inputs, from which the completeness walk goes on."""
     course: list[Hashable] = field(default_factory=list)
@@ -73,20 +75,6 @@ class Refused(Exception):
 
 class Unplaced(Refused):
     """The cotangents of a use belong to no one sample, in no layout that its sizes allow."""
-
-
-@dataclass(slots=True, eq=False)
-class Placement:
-    """How an operation's output lies beneath vmap: its shape with the mapped dimensions in front, and how it gets there."""
-
-    whole: torch.Size
-    order: tuple[int, ...] | None = None
-    levels: int = 0
-    merged: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.whole[0] * self.whole[1], *self.whole[2:]) if self.merged else self.whole
 
 
 def edge_of(t: Tensor) -> GradientEdge:

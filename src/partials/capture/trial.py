@@ -19,7 +19,9 @@ from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from .describe import described, held
 from .engine import Run, native, parameters, solve, taped, vmapped
+from .recorder import Recorder
 from .replay import replayed
+from .script import Scribe
 from .trace import Refused, Unplaced
 from .trace import Use as Recorded
 from .walk import Hidden, demand_complete
@@ -59,6 +61,7 @@ def attempt(problem: Problem) -> Attempt:
     if known is not None:
         return Attempt(known)
     device = problem.targets[0].tensor.device
+    kind = Scribe if problem.history is not None and problem.history.due() else Recorder
     for name, runner in RUNNERS.items():
         if name == "taped" and not nested:
             continue
@@ -66,7 +69,7 @@ def attempt(problem: Problem) -> Attempt:
         try:
             if name != "vmapped" and problem.randomness in ("same", "different"):
                 raise Refused(f'randomness="{problem.randomness}" is a policy for samples run apart')
-            run = runner(problem)
+            run = runner(problem, Recorder if doubtful else kind)
             if problem.randomness == "error" and drawn_since(before, device):
                 restore(before, device)
                 demand_policy(problem, look(problem))

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from .. import _algebra
-from .._blocks import Block
+from .._blocks import Block, size_of
 from .._pullback import Pullback
+from .._sums import Sums
 from .._typing import Tensor
 from .subject import Subject
 from .tables import looked_up, others_zero
@@ -80,22 +81,21 @@ class Sides:
     ) -> dict[Key, Gap]:
         """Compare with `own`, the gradients of sum u f by an ordinary backward; u (M, C) weights the M samples (None: all)."""
         found: dict[Key, Gap] = {}
-        for target in self.subject.targets:
+        targets = [t for t in self.subject.targets if names is None or t.name in names]
+        groups, rows = {t.name: self.group(t.name, samples) for t in targets}, dict[str, Tensor]()
+        for target in targets:
             name = target.name
-            if names is not None and name not in names:
-                continue
-            group = self.group(name, samples)
             if target.kind == "input":
-                found["backward", name] = self._input(group, own[name], u, self._each(name, u, samples).sqrt())
+                found["backward", name] = self._input(groups.pop(name), own[name], u, self._each(name, u, samples).sqrt())
                 continue
-            table = looked_up(group) if own[name].ndim == 2 and name not in self.pushed else None
+            table = looked_up(groups[name]) if own[name].ndim == 2 and name not in self.pushed else None
             if table is not None and others_zero(own[name], table[0]):
-                found["backward", name] = self._backward(name, weighted(table[1], u), own[name][table[0]], u, samples)
-                continue
-            mine = weighted(group, u)
-            found["backward", name] = self._backward(name, mine, own[name], u, samples)
+                rows[name], groups[name] = table
+        for name, mine in weighted_all(groups, u).items():
+            its = own[name] if name not in rows else own[name][rows[name]]
+            found["backward", name] = self._backward(name, mine, its, u, samples)
             if name in self.pushed:
-                gap = gap_of_product(group, u, self.v(name), self.scale(name, u, samples), mine)
+                gap = gap_of_product(groups[name], u, self.v(name), self.scale(name, u, samples), mine)
                 found["product", name] = Gap(gap, u.numel())
         return found
 
@@ -142,6 +142,17 @@ def weighted(group: tuple[Block, ...], u: Tensor) -> Tensor:
     """sum_nc u[n, c] J[n, c] of a parameter: (*shape)."""
     with torch.no_grad():
         return _algebra.sum_of([block.rmatmul(u.unsqueeze(-1)) for block in group]).squeeze(-1)
+
+
+def weighted_all(groups: Mapping[str, tuple[Block, ...]], u: Tensor) -> dict[str, Tensor]:
+    """The same of several parameters: at once where they have one dtype, so that a cotangent that some of them share is read once."""
+    if len({block.dtype for group in groups.values() for block in group}) != 1:
+        return {name: weighted(group, u) for name, group in groups.items()}
+    shapes = {name: group[0].shape for name, group in groups.items()}
+    with torch.no_grad():
+        found = Sums(groups).rmatmul(u.unsqueeze(-1)).squeeze(-1)
+    parts = found.split([size_of(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def weighted_each(group: tuple[Block, ...], u: Tensor) -> Tensor:

@@ -103,11 +103,12 @@ def quick(subject: Subject) -> None:
             gradients, at_places = _pulled(own, u[kept])
             local = Identities(replace(sides, pushed=_parameters(subject)), own, u[kept], kept)
             gaps = local.gaps(own=own.named(gradients))
+    used = [t.name for t, g in zip(problem.targets, gradients, strict=True) if g is not None]
+    gradients.clear()  # (so that others can take their memory)
     independence(subject, own, local.u, at_places)
     values(subject, everyone)
     if everyone.shape != subject.values.shape:
         return
-    used = [t.name for t, g in zip(problem.targets, gradients, strict=True) if g is not None]
     report.zeros += [name for name in used if ("backward", name) in gaps and _all_zero(subject, name, gaps["backward", name])]
     if odd and local.kept is None:
         _row_by_row(local, odd)

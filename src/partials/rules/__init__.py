@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from . import arithmetic, attention, contraction, conv, elementwise, embedding, linear, norm, recurrent
 from ._parts import ConvPart, Declined, ExpandedPart, GatherPart, NoRule, OuterPart, Part, SumPart, data_of, keep, with_data
-from ._table import COMPOSITES, ELEMENTWISE, PHYSICAL, REPEATED, RULES, Run, rule
+from ._table import ALIKE, COMPOSITES, ELEMENTWISE, PHYSICAL, REPEATED, RULES, Run, rule
 
 __all__ = [
+    "ALIKE",
     "COMPOSITES",
     "ELEMENTWISE",
     "PHYSICAL",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache
+from typing import Any
 
 from .._signature import rebuild, tensors_in
 from .._typing import Tensor
@@ -102,12 +103,14 @@ class Declined:
 Part = OuterPart | SumPart | GatherPart | ConvPart | ExpandedPart | Declined
 
 
-def with_data(part: Part, function: Callable[[Tensor], Tensor]) -> Part:
-    """The part, with `function` applied to each of its data tensors."""
+def with_data(part: Part, function: Callable[..., Tensor], *more: Any) -> Part:
+    """The part, with `function` applied to each of its data tensors (and `more`)."""
     for name in data_of(type(part)):  # type: ignore[arg-type]
         value = getattr(part, name)
-        changed = function(value) if isinstance(value, Tensor) else rebuild(value, iter([function(t) for t in tensors_in((value,))]))
-        setattr(part, name, changed)
+        if isinstance(value, Tensor):
+            setattr(part, name, function(value, *more))
+        elif value:
+            setattr(part, name, rebuild(value, iter([function(t, *more) for t in tensors_in((value,))])))
     return part
 
 

@@ -23,6 +23,10 @@ REPEATED: dict[Any, Callable[..., tuple[Any, tuple[int, ...]] | None]] = {}
 PHYSICAL: dict[Any, Callable[..., Any]] = {}
 """Operations that torch's vmap runs sample by sample, as functions of whole batches: all tensors are (N, ...), also the result."""
 
+ALIKE: set[Any] = set()
+"""Operations that torch's vmap decomposes, and that do the same whatever dimensions stand in front, where only the first argument holds
+samples."""
+
 
 @dataclass(frozen=True)
 class Run:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .._typing import Tensor
 from ._parts import Declined, OuterPart, Part, SumPart
-from ._table import rule
+from ._table import ALIKE, rule
 
 
 @rule(F.linear)
@@ -75,3 +75,6 @@ def _left(w: Tensor, a: Tensor, scale: float = 1) -> Iterator[Part]:
         yield Declined(w, "a vector parameter on the left, or a batch of parameter matrices that broadcasts")
     else:
         yield OuterPart(w, a, "oi", transposed=True, groups=w.ndim - 2, scale=scale)
+
+
+ALIKE.add(F.linear)

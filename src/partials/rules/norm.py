@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .._typing import Tensor
 from ._parts import Part, SumPart
-from ._table import rule
+from ._table import ALIKE, rule
 
 
 @rule(F.layer_norm, torch.layer_norm)
@@ -87,3 +87,6 @@ def prelu(input: Tensor, weight: Tensor) -> Iterator[Part]:
     """z = max(0, input) + weight min(0, input), one weight for all or one for each channel."""
     channel = 1 - input.ndim if weight.numel() > 1 and input.ndim > 1 else 0
     yield SumPart(weight, lambda x: x.clamp(max=0), (input,), channel)
+
+
+ALIKE.update((F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm))

@@ -181,7 +181,7 @@ class Kernels(TorchDispatchMode):
 
 @pytest.fixture
 def vmapped(monkeypatch):
-    def refuse(problem):
+    def refuse(problem, *_):
         raise Refused("switched off for the test")
 
     monkeypatch.setitem(trial.RUNNERS, "native", refuse)

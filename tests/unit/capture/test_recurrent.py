@@ -214,7 +214,7 @@ def test_inputs_beside_weights():
 
 @each_kind
 def test_the_vmapped_runner_unrolls(kind, monkeypatch):
-    def refuse(problem):
+    def refuse(problem, *_):
         raise Refused("switched off for the test")
 
     monkeypatch.setitem(trial.RUNNERS, "native", refuse)
