@@ -376,6 +376,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_backward_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
 }
 
+// (Copies keep to what conjugate and negative views mean: torch's own way would copy them first, and so on.)
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+
 // What the Python module of the device is made of. (Loading this file is all that registers the device.)
 TORCH_LIBRARY(pretend, m) {
   c10::SetAllocator(kType, &memory);
