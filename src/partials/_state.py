@@ -169,7 +169,8 @@ Rounding = tuple[tuple[str, torch.dtype | None], ...]
 
 def rounding() -> Rounding:
     """The autocast that is on, with its dtypes."""
-    kinds = ("cpu", "cuda") if (card := torch.accelerator.current_accelerator()) is None or card.type == "cuda" else ("cpu", "cuda", card.type)
+    card = torch.accelerator.current_accelerator()
+    kinds = ("cpu", "cuda") if card is None or card.type == "cuda" else ("cpu", "cuda", card.type)
     return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)])
 
 

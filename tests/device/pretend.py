@@ -26,7 +26,9 @@ def why_not() -> str | None:
 _KERNELS = torch.library.Library("aten", "IMPL")
 
 
-def _lstm_cell(gates: Tensor, hidden: Tensor, cx: Tensor, bias: Tensor | None = None, hidden_bias: Tensor | None = None) -> tuple[Tensor, ...]:
+def _lstm_cell(
+    gates: Tensor, hidden: Tensor, cx: Tensor, bias: Tensor | None = None, hidden_bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """The cells that torch takes on every device but the CPU, whose own kernels lack them."""
     gates = gates + hidden if bias is None else gates + bias + (hidden + hidden_bias)
     i, f, g, o = gates.chunk(4, 1)
@@ -46,7 +48,9 @@ def _lstm_cell_backward(
     return gates, to_cell * f, gates.sum(0)
 
 
-def _gru_cell(gates: Tensor, hidden: Tensor, hx: Tensor, bias: Tensor | None = None, hidden_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _gru_cell(
+    gates: Tensor, hidden: Tensor, hx: Tensor, bias: Tensor | None = None, hidden_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     if bias is not None and hidden_bias is not None:
         gates, hidden = gates + bias, hidden + hidden_bias
     (ir, iz, n), (hr, hz, hn) = gates.chunk(3, 1), hidden.chunk(3, 1)
@@ -70,7 +74,9 @@ def load() -> torch.device:
     version = hashlib.sha256(source.read_bytes()).hexdigest()[:8]  # (another tree's does not take its place while it is in use)
     cpp_extension.load(f"{NAME}_{version}", [str(source)], extra_cflags=["-O1"], is_python_module=False)
     for kernel in (_lstm_cell, _lstm_cell_backward, _gru_cell, _gru_cell_backward):
-        _KERNELS.impl(kernel.__name__.replace("_", "_thnn_fused_", 1) + ("_impl" if kernel is _lstm_cell_backward else ""), kernel, "PrivateUse1")
+        _KERNELS.impl(
+            kernel.__name__.replace("_", "_thnn_fused_", 1) + ("_impl" if kernel is _lstm_cell_backward else ""), kernel, "PrivateUse1"
+        )
     torch.utils.rename_privateuse1_backend(NAME)
     module = types.ModuleType(f"torch.{NAME}")
     vars(module).update(

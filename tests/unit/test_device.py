@@ -141,12 +141,12 @@ def test_every_quantity_of_every_case(name, place):
         pytest.skip("torch unties parameters that it moves to a device that is not its own")
     with torch.device("cpu"):
         wanted = expected(name)
-    assert_same(quantities(CASES[name].make(device=place).jacobian(check="always")), wanted, place)
+    J = CASES[name].make(device=place).jacobian(check="always" if place == CARD else "never")
+    assert_same(quantities(J), wanted, place)
 
 
 @on_card
-@pytest.mark.parametrize("method", NAMES)
-@pytest.mark.parametrize("name", ["cnn", "embedding"])
+@pytest.mark.parametrize(("name", "method"), [(name, m) for name in ("cnn", "embedding") for m in NAMES if m not in CASES[name].refuses])
 def test_every_method(name, method, place):
     with torch.device("cpu"):
         wanted = {key: expected(name)[key] for key in ("values", "dense", "J^T u", "gram")}
@@ -301,7 +301,7 @@ def test_memory_is_that_of_the_device():
 @on_card
 def test_methods_are_compared(place):
     model, x, _ = several(place)
-    found = pt.compare(model, x, repeats=1, methods=["capture", "loop"])
+    found = pt.compare(model, x, repeats=1, methods=["capture"])
     assert all(row.status == "ok" and row.error < 1e-10 for row in found.rows)
 
 
