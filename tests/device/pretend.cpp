@@ -372,6 +372,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("_efficientzerotensor", &zero_tensor);
+  m.impl("mse_loss", torch::CppFunction::makeFromBoxedFunction<&any>());  // (torch's own way warns of its output)
   m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("convolution_backward_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
 }
