@@ -55,7 +55,7 @@ class History:
     bufferless: bool = False
     """The module has no buffers that a run could write to, and no recurrent layers that cuDNN cannot differentiate."""
     straight: bool = True
-    """f can be run on the user's own tensors as they are."""
+    """f can be run on the user's own tensors as they are: where only some are asked for, the graph of the others takes memory."""
 
     def told(self) -> bool:
         """Whether methods that have refused need not be asked this time: they are the second, fourth, eighth time."""
@@ -258,7 +258,7 @@ def _remember(key: Hashable, root: nn.Module | None, problem: Problem, f: Functi
         attributes |= {"targets": (), "parameters": ()}
     leaves = tuple((leaf.name, leaf.argument, places[id(leaf.tensor)], leaf.dim) for leaf in problem.leaves)
     plain = problem.module is None or not without_backward(problem.module, twice=problem.create_graph)
-    history = History(bufferless=plain and (tree is None or tree.bufferless), straight=not problem.spared)
+    history = History(bufferless=plain and (tree is None or tree.bufferless), straight=not problem.spared or problem.budget is None)
     known = Known({**attributes, "history": history}, leaves, targets, tree, history)
     problem.history = history
     with _LOCK:

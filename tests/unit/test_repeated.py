@@ -69,6 +69,18 @@ def x_of(seed=0):
     return torch.randn(N, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def recurrent(x, first, scale, *, kind=torch.rnn_tanh, reverse=False, start=0.0):
+    """The last states of a layer whose time steps are the features of x, with weights made from a layer's and a scale."""
+    steps = x.flip(1) if reverse else x
+    weights = [first.weight[:, :1], torch.outer(scale, scale), first.bias, first.bias]
+    state = (x[:, :1] * start).expand(len(x), 4)[None] if start else x.new_zeros(1, len(x), 4)
+    return kind(steps[:, :, None], state.contiguous(), weights, True, 1, 0.0, False, False, True)[0][:, -1]
+
+
+def rows_of(table, index):
+    return nn.functional.embedding(index, table)
+
+
 KEPT = {
     "products": usual,
     "relu in place": lambda self, x: self.last(nn.functional.relu(self.first(x), inplace=True)),
@@ -84,6 +96,12 @@ KEPT = {
     ),
     "a branch on shapes": lambda self, x: self.last(self.first(x) if x.shape[1] == 3 else self.first(x) * 2),
     "other floats": lambda self, x: self.last(self.first(x) * (1.0 + self.turn)) / (2.0 + self.turn),
+    "a layer over time": lambda self, x: self.last(recurrent(x, self.first, self.scale)),
+    "a contraction": lambda self, x: self.last(torch.einsum("oi,ni->no", self.first.weight, x) + self.first.bias * self.scale),
+    "no formula": lambda self, x: self.last(self.first(x).abs() ** self.scale),
+    "a token for every sample": lambda self, x: self.last(torch.stack([self.first(x), self.scale.expand(len(x), 4)], 1)).sin().sum(1),
+    "positions": lambda self, x: self.last(torch.tanh(self.first(x)[:, None] + rows_of(self.first.weight.T, torch.arange(3)))).sum(1),
+    "types": lambda self, x: self.last(torch.tanh(self.first(x) + rows_of(self.first.weight.T, torch.ones(1).long().expand(len(x))))),
     "parameters unused": lambda self, x: self.first(x).sum(1, keepdim=True),
 }
 
@@ -142,6 +160,12 @@ def _written_unseen(self, x):
     return self.last(torch.tanh(h))
 
 
+def _data_unseen(self, x):
+    with torch._C.DisableTorchFunction():
+        other = x[:, :1].expand(-1, 4).clone() if self.turn else torch.ones(len(x), 4, dtype=x.dtype)
+    return self.last(self.first(x) + self.scale * other)
+
+
 def _detached(self, x):
     h = self.first(x)
     return self.last(h.detach() if self.turn else h)
@@ -153,12 +177,36 @@ def _without_grad(self, x):
     return self.last(h)
 
 
+def _expanded_without_grad(self, x):
+    h = self.first(x).abs()
+    with torch.set_grad_enabled(not self.turn):
+        powers = h**self.scale
+    return self.last(h * powers)
+
+
 def _vmapped(self, x):
     h = torch.tanh(self.first(x))
     return torch.vmap(self.last)(h) if self.turn else self.last(h)
 
 
 CHANGES = {
+    "a layer that is walked backwards": lambda self, x: self.last(recurrent(x, self.first, self.scale, reverse=bool(self.turn))),
+    "a layer of another kind": lambda self, x: self.last(
+        recurrent(x, self.first, self.scale, kind=torch.rnn_relu if self.turn else torch.rnn_tanh)
+    ),
+    "a layer that starts elsewhere": lambda self, x: self.last(recurrent(x, self.first, self.scale, start=float(self.turn))),
+    "another contraction": lambda self, x: self.last(
+        torch.einsum("oi,ni->no" if self.turn else "oi,ni->on", self.first.weight, x).reshape(4, -1).reshape(len(x), 4)
+        if self.turn
+        else torch.einsum("oi,ni->no", self.first.weight, x)
+    ),
+    "no formula, for another": lambda self, x: self.last(self.first(x).abs() ** (self.first.bias if self.turn else self.scale)),
+    "a token, or none": lambda self, x: self.last(
+        torch.stack([self.first(x), (self.scale if self.turn else self.first.bias).expand(len(x), 4)], 1)
+    ).sum(1),
+    "an index that repeats": lambda self, x: self.last(
+        torch.tanh(self.first(x) + rows_of(self.first.weight.T, (torch.ones(1) if self.turn else torch.ones(len(x))).long().expand(len(x))))
+    ),
     "a branch": lambda self, x: self.last(self.first(x) if not self.turn else self.first(x) * self.scale),
     "samples turned about": lambda self, x: self.last(self.first(x.flip(0)).flip(0) if self.turn else self.first(x)),
     "another dimension": lambda self, x: self.last(self.first(x).softmax(1 if not self.turn else -1)),
@@ -169,6 +217,9 @@ CHANGES = {
     "a frozen copy": lambda self, x: self.last(self.first(x) * (self.scale.detach() if self.turn else self.scale)),
     "a hidden use": _hidden,
     "a write that nobody saw": _written_unseen,
+    "a hidden use at the end": lambda self, x: (lambda h: Hidden.apply(h, self.last.bias) if self.turn else h)(self.last(self.first(x))),
+    "no formula, without grad": _expanded_without_grad,
+    "data that nobody saw": _data_unseen,
     "detached": _detached,
     "without grad": _without_grad,
     "under vmap": _vmapped,
@@ -186,6 +237,26 @@ def test_a_run_that_differs_is_found(name, turns, runner):
         net.turn = int(turn)
         J = pt.jacobian(net, x_of(seed), check="never", **RUNNERS[runner])
         assert same(J, net, x_of(seed), list(net.parameters()))
+
+
+def test_lengths_of_packed_sequences_that_change_are_found():
+    """Packed data of other lengths have other samples in the same places."""
+
+    def run(self, x):
+        packed = nn.utils.rnn.pack_padded_sequence(x[:, :2, None].expand(-1, -1, 4), self.lengths, batch_first=True)
+        h = packed._replace(data=torch.tanh(packed.data * self.scale))
+        return self.last(nn.utils.rnn.pad_packed_sequence(h, batch_first=True, total_length=2)[0].sum(1))
+
+    net, lengths = Net(run), [[2, 2, 2, 1, 1, 1], [1] * N, [2] * N, [2, 2, 2, 2, 1, 1]]
+    for turn in (2, 2, 2, 2, 0, 3, 0, 0, 1, 1, 1, 2, 2):
+        net.lengths = torch.tensor(lengths[turn])
+        x = x_of(turn)
+        J = pt.jacobian(net, x, check="never")
+        by_scale = torch.zeros(N, 4, dtype=x.dtype)
+        for n, steps in enumerate(lengths[turn]):
+            h = torch.tanh(x[n, :steps, None] * net.scale)
+            by_scale[n] = torch.autograd.grad(net.last(h.sum(0)).sum(), net.scale)[0]
+        torch.testing.assert_close(J["scale"].sum(1), by_scale)
 
 
 def test_a_branch_on_data_is_found():
@@ -267,6 +338,16 @@ def test_a_module_that_has_changed_is_read_anew(change):
             assert same(J, net, x_of(seed), list(named.values()))
     if change is _buffer:
         assert net.count.item() == 4 * N, "only the oracle's runs have counted"
+
+
+def test_parts_of_the_parameters_are_asked_for():
+    net = Net(usual)
+    for wrt in ("last.*", "scale", "first.weight"):
+        for seed, net.run in enumerate([usual] * 4 + [CHANGES["another parameter"], usual, usual, usual]):
+            net.turn = 1
+            J = pt.jacobian(net, x_of(seed), wrt=wrt, check="never")
+            assert same(J, net, x_of(seed), [net.get_parameter(name) for name in J.names])
+    assert [history.kept > 2 for history in histories(net)] == [True] * 3
 
 
 def test_values_that_change_in_place_are_no_change():

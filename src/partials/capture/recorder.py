@@ -83,9 +83,8 @@ class Recorder(TorchFunctionMode):
                 out = self._record_expanded(func, args[0], out)
                 depends = True
             elif func in REPEATED and not self.expand_unknown and (once := REPEATED[func](*args, **kwargs)):
-                out = func(once[0], *args[1:], **kwargs)
                 with self:
-                    return out.expand(once[1])
+                    return func(once[0], *args[1:], **kwargs).expand(once[1])
             elif func not in EXPANDS or self.expand_unknown:
                 out = func(*args, **kwargs)
         else:
@@ -185,6 +184,10 @@ class Recorder(TorchFunctionMode):
     def depends(self, t: Tensor) -> bool:
         return bool(self.course.number(t)) or _compat.transform_of(t) == "vmap"
 
+    def asked(self, t: Tensor) -> bool:
+        """What composites are told."""
+        return self.depends(t)
+
     def leads_to_wanted(self, t: Tensor) -> bool:
         known = self.leads.get(id(t))
         if known is None or known[0] is not t:
@@ -229,7 +232,7 @@ class Recorder(TorchFunctionMode):
         if func in COMPOSITES:
             try:
                 with self:
-                    return COMPOSITES[func](Run(self.depends, self.attached or "vmap" in transforms), *args, **kwargs)
+                    return COMPOSITES[func](Run(self.asked, self.attached or "vmap" in transforms), *args, **kwargs)
             except NoRule as declined:
                 if not (expandable and declined.expandable):
                     raise Refused(f"{label(func)}: {declined}") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from .. import _compat
@@ -17,15 +16,17 @@ from .._machine import share
 from .._output import check_output
 from .._plan import LARGE
 from .._problem import Problem
+from .._signature import rebuild, tensors_in
 from .._state import drawn_since, random_state, restore
 from .._typing import Tensor
 from ..methods._base import Computed
-from ..rules import RULES, Part
+from ..rules import COMPOSITES, REPEATED, RULES, ExpandedPart, Part
+from ..rules import Run as RuleRun
 from ..rules._parts import keep
 from .beneath import at_once, settled
 from .engine import Run, answer, apart
-from .script import Names, Script
-from .trace import Trace, Use
+from .script import Kind, Names, Script, Step
+from .trace import Trace, Use, edge_of
 
 
 def replayed(problem: Problem) -> Computed | None:
@@ -77,9 +78,9 @@ class Replay(TorchFunctionMode):
 
     def __init__(self, script: Script, wanted: Iterable[Tensor], samples: Iterable[Tensor], size: int) -> None:
         super().__init__()
-        self.wanted, self.trace, self.size = tuple(wanted), Trace(), size
+        self.wanted, self.trace, self.size = tuple(wanted), Trace(expanded=list(script.expanded)), size
         self.names = Names((*samples, *self.wanted))
-        self.steps, self.output = iter(script.steps), script.output
+        self.steps, self.answers, self.output = iter(script.steps), iter(script.answers), script.output
         self.level: int | None = None
         self.kept = True
 
@@ -89,7 +90,8 @@ class Replay(TorchFunctionMode):
 
     def ends(self, values: Tensor) -> None:
         """f is over and has returned these."""
-        self.kept = self.kept and next(self.steps, None) is None and self.names.of(values) == self.output
+        told = next(self.steps, None) is None and next(self.answers, None) is None
+        self.kept = self.kept and told and self.names.of(values) == self.output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.kept:
@@ -98,31 +100,83 @@ class Replay(TorchFunctionMode):
         if step is None or self.names.call(func, args, kwargs) != step.call or _compat.transform_now() != self.level:
             self.kept = False
             return func(*args, **kwargs) if kwargs else func(*args)
-        if step.within:
-            body = _compat.body_of(func)
-            with self:
-                out = body(*args, **kwargs or {})
-        elif step.uses:
-            out = self._use(step.uses, func, args, kwargs or {})
-        else:
+        if step.kind is None:
             out = at_once(func, args, kwargs, self.level, self.size)
+        else:
+            out = KINDS[step.kind](self, step, func, args, kwargs or {})
         self.names.mark(out, args)
         return out
 
-    def _use(self, uses: tuple[bool, ...], func: Any, args: Any, kwargs: Any) -> Any:
+    def _by_rule(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
         parts: Sequence[Part] = tuple(RULES[func](*args, **kwargs))
         out = at_once(func, args, kwargs, self.level, self.size)
         out, owner, folded, place, parts = settled(func, out, parts, mapped=self.level is not None)
-        node, trace = owner.grad_fn, self.trace
-        if node is None or len(parts) != len(uses):
+        if owner.grad_fn is None or len(parts) != len(step.uses):
             self.kept = False
             return out
-        slot = len(trace.edges)
-        trace.edges.append(GradientEdge(node, owner.output_nr))
+        slot, trace = len(self.trace.edges), self.trace
+        trace.edges.append(edge_of(owner))
         if folded is not None:
             trace.folded[slot] = folded
-        for part, wanted in zip(parts, uses, strict=True):
+        for part, wanted in zip(parts, step.uses, strict=True):
             if wanted:
                 saved = tuple(keep(part, attached=False))
                 trace.uses.append(Use(func, part, slot, place.shape, place.order, place.merged, saved=saved))
         return out
+
+    def _expanded(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors, shapes = tensors_in((*args, *kwargs.values())), iter(step.shapes)
+        swapped: dict[int, Tensor] = {}
+        for p in [p for p, mine in zip(tensors, step.uses, strict=True) if mine]:
+            if id(p) not in swapped:
+                shape = next(shapes)
+                wide = p.expand(shape) if p.shape != shape else p.view_as(p)
+                self._widen(func, p, wide)
+                swapped[id(p)] = wide if self.level is None else _compat.batched(wide, self.level)
+        args, kwargs = rebuild((args, kwargs), iter([swapped.get(id(t), t) for t in tensors]))
+        return func(*args, **kwargs)
+
+    def _widened(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        self._widen(func, args[0], out)
+        return out
+
+    def _widen(self, func: Any, p: Tensor, wide: Tensor) -> None:
+        """A parameter with an entry for each position that it is used at."""
+        if wide.grad_fn is None:
+            self.kept = False
+            return
+        self.trace.uses.append(Use(func, ExpandedPart(p, p), len(self.trace.edges), wide.shape))
+        self.trace.edges.append(edge_of(wide))
+
+    def _once(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
+        self.kept = REPEATED[func](*args, **kwargs) is None
+        return func(*args, **kwargs)
+
+    def _repeated(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
+        once = REPEATED[func](*args, **kwargs)
+        if once is None:
+            self.kept = False
+            return func(*args, **kwargs)
+        with self:
+            return func(once[0], *args[1:], **kwargs).expand(once[1])
+
+    def _body(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
+        with self:
+            return _compat.body_of(func)(*args, **kwargs)
+
+    def _composite(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
+        run = RuleRun(lambda _: next(self.answers, False), self.level is not None)  # (one question more is one step more, or another)
+        with self:
+            return COMPOSITES[func](run, *args, **kwargs)
+
+
+KINDS = {
+    Kind.RULE: Replay._by_rule,
+    Kind.EXPANDED: Replay._expanded,
+    Kind.WIDENED: Replay._widened,
+    Kind.ONCE: Replay._once,
+    Kind.REPEATED: Replay._repeated,
+    Kind.BODY: Replay._body,
+    Kind.COMPOSITE: Replay._composite,
+}

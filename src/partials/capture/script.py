@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
@@ -18,32 +19,48 @@ from typing import Any
 import torch
 
 from .. import _compat
-from .._signature import walk
+from .._signature import tensors_in, walk
 from .._typing import Tensor
 from ..rules import COMPOSITES, REPEATED, RULES, ExpandedPart
+from ..rules._scan import recurrent_product
 from ..rules.elementwise import ENTRY_BY_ENTRY
+from .course import Lengths
 from .layout import Layout
 from .recorder import Recorder
-from .routes import Constant, writes
+from .routes import EXPANDS, Constant, writes
 from .trace import Trace, Use
 
 NAME = "_partials_step"
 _RUNS = itertools.count(1)
 SPAN = 2**32
 _OF_TORCH = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, MethodWrapperType, GetSetDescriptorType)
+_OWN = ("torch.", f"{recurrent_product.__module__}")
 _TRUE, _FALSE = (bool, True), (bool, False)  # (True == 1, but a sum over dimension 1 is no sum with keepdim)
 _AS_THEY_ARE = frozenset({int, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
+class Kind(Enum):
+    """How an operation is run that is no plain one: see `replay`."""
+
+    RULE = "a use, by its rule"
+    EXPANDED = "a use, of parameters that are expanded before it"
+    WIDENED = "a use, which expands the parameter itself"
+    ONCE = "of parameters alone, and not the same for every sample"
+    REPEATED = "of parameters alone, run once for all samples; what that takes are steps too"
+    BODY = "Python, whose own operations are steps too"
+    COMPOSITE = "expressed in others, which are steps too"
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation: what it was called with, and whether it is a use."""
+    """One operation: what it was called with, and how it is run."""
 
     call: list[Any]
+    kind: Kind | None = None
     uses: tuple[bool, ...] = ()
-    """Of what the operation's rule says, which concerns a wanted parameter; nothing where the operation is no use."""
-    within: bool = False
-    """The operation is Python whose own operations are steps too."""
+    """Of what the operation's rule says, or of its tensors where it has none: which concerns a wanted parameter."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of expanded parameters."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +77,10 @@ class Script:
     """Bytes that the factors of one output take."""
     course: tuple[int, int]
     """Numbers for what f did (see `Computed.course`)."""
+    answers: tuple[bool, ...] = ()
+    """What composites were told of their arguments: whether they depend on the samples."""
+    expanded: tuple[str, ...] = ()
+    """Operations without a rule."""
 
 
 class Names:
@@ -115,7 +136,7 @@ class Names:
                 words.append(kind if func in ENTRY_BY_ENTRY else value if kind is int else (float, value))
             elif kind in _AS_THEY_ARE:
                 words.append(value)
-            elif kind is tuple or kind is list or kind is torch.Size:
+            elif kind is list or isinstance(value, tuple):
                 words.append((kind, len(value)))
                 self._add(words, value, func)
             elif kind is slice:
@@ -123,6 +144,9 @@ class Names:
                 self._add(words, (value.start, value.stop, value.step), func)
             elif kind is bool:
                 words.append(_TRUE if value else _FALSE)
+            elif is_dataclass(value):
+                words.append(kind)
+                self._add(words, vars(value).values(), func)
             else:
                 words.append(value if value is ... else object() if isinstance(value, Mapping) else Same(value))
 
@@ -164,18 +188,20 @@ class Draft:
     plain: bool
     """Whether a later run can be held against it."""
     steps: list[Step | None] = field(default_factory=list)
+    answers: list[bool] = field(default_factory=list)
     output: Hashable = None
     """The name of what f has returned."""
 
     def script(self, trace: Trace, runner: str, layouts: Sequence[Layout | None], needed: int, course: tuple[int, int]) -> Script | None:
         """The script of the run that is over, where all of it can be told again."""
         placed = tuple([p for p in layouts if p is not None and p.owned is None])
-        by_values = trace.routed or any(isinstance(entry, Constant) for entry in trace.course)
-        strange = by_values or trace.nested or trace.one_by_one or trace.expanded or len(placed) < len(layouts)
+        by_values = trace.routed or any(isinstance(entry, Constant | Lengths) for entry in trace.course)
+        strange = by_values or trace.nested or trace.one_by_one or len(placed) < len(layouts)
         output = self.output
         if not self.plain or strange or not trace.uses or not isinstance(output, int) or output < 0:
             return None
-        return Script(runner, tuple([step for step in self.steps if step is not None]), output, placed, needed, course)
+        steps = tuple([step for step in self.steps if step is not None])
+        return Script(runner, steps, output, placed, needed, course, tuple(self.answers), tuple(trace.expanded))
 
 
 class Scribe(Recorder):
@@ -208,21 +234,36 @@ class Scribe(Recorder):
         draft.names.mark(out, args)
         return out
 
+    def asked(self, t: Tensor) -> bool:
+        self.draft.answers.append(found := super().asked(t))
+        return found
+
     def _step(self, call: list[Any], func: Any, args: Any, kwargs: Any, uses: list[Use], *, within: bool) -> Step | None:
         """The step, None for what cannot be told again."""
         if within:  # (uses are those of the steps inside)
-            own = func not in RULES and func not in COMPOSITES and isinstance(func, FunctionType) and _compat.body_of(func) is not None
-            return Step(call, within=True) if own else None
+            if func in COMPOSITES:
+                return Step(call, Kind.COMPOSITE)
+            if func in REPEATED:
+                return Step(call, Kind.REPEATED)
+            own = func not in RULES and isinstance(func, FunctionType) and _compat.body_of(func) is not None
+            return Step(call, Kind.BODY) if own else None
         if not uses:
-            return None if func in REPEATED else Step(call)  # (what those do may depend on values)
-        if func not in RULES or any(use.func is not func or type(use.part) is ExpandedPart for use in uses):
+            if func not in REPEATED or self.expand_unknown:
+                return Step(call)
+            return None if REPEATED[func](*args, **kwargs) else Step(call, Kind.ONCE)
+        if any(use.func is not func for use in uses):
             return None
-        mine = {id(use.part.parameter) for use in uses}
-        told = tuple(id(part.parameter) in mine for part in RULES[func](*args, **kwargs))
-        return Step(call, told) if sum(told) == len(uses) else None
+        mine, expanded = {id(use.part.parameter) for use in uses}, sum(type(use.part) is ExpandedPart for use in uses)
+        if expanded:
+            told = tuple([id(t) in mine for t in tensors_in((*args, *kwargs.values()))])
+            widened = func in EXPANDS and not self.expand_unknown
+            shapes = tuple([use.shape for use in uses])
+            return Step(call, Kind.WIDENED if widened else Kind.EXPANDED, told, shapes) if expanded == len(uses) else None
+        told = tuple([id(part.parameter) in mine for part in RULES[func](*args, **kwargs)]) if func in RULES else ()
+        return Step(call, Kind.RULE, told) if sum(told) == len(uses) else None
 
 
 def _told_again(func: Any, kwargs: Any) -> bool:
-    """Whether an operation is torch's own, and writes to none of its arguments."""
-    own = isinstance(func, _OF_TORCH) or (isinstance(func, FunctionType) and (func.__module__ or "").startswith("torch."))
+    """Whether an operation is torch's own, or one that a composite of ours consists of, and writes to none of its arguments."""
+    own = isinstance(func, _OF_TORCH) or (isinstance(func, FunctionType) and (func.__module__ or "").startswith(_OWN))
     return own and not writes(func) and "out" not in kwargs
