@@ -107,24 +107,47 @@ def _snapshot(module: nn.Module) -> Snapshot:
 @contextmanager
 def rng_kept(device: torch.device) -> Iterator[None]:
     """The random state of the CPU and of `device` is the same afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    state = random_state(device)
+    try:
         yield
+    finally:
+        restore(state, device)
 
 
 RandomState = tuple[Tensor, ...]
-"""Of the CPU's generator, and of a CUDA device's."""
+"""Of the CPU's generator, and of an accelerator's."""
 
 
 def random_state(device: torch.device) -> RandomState:
-    """The state of the CPU's generator, and of `device`'s where it is a CUDA device."""
-    cpu = default_generator.get_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+    """The state of the CPU's generator, and of `device`'s own where it has one."""
+    return default_generator.get_state(), *_own_state(device)
+
+
+def _own_state(device: torch.device) -> RandomState:
+    return (own.get_rng_state(*place(device)),) if (own := _own_numbers(device)) else ()
+
+
+def _own_numbers(device: torch.device) -> Any:
+    """The module of torch that holds the generator of an accelerator; None of the CPU and of devices without one."""
+    if device.type in ("cpu", "meta"):
+        return None
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "get_rng_state") else None
+
+
+def place(device: torch.device) -> tuple[torch.device, ...]:
+    """What tells torch's module of an accelerator which one is meant: Apple's has one only, and takes nothing."""
+    return () if device.type == "mps" else (device,)
 
 
 def drawn_since(state: RandomState, device: torch.device) -> bool:
     """Whether random numbers were drawn since the state was taken."""
-    return any(_bytes(old) != _bytes(new) for old, new in zip(state, random_state(device), strict=True))  # (half of torch.equal's time)
+    return not _equal(state, random_state(device))
+
+
+def _equal(states: RandomState, others: RandomState) -> bool:
+    """(In half of torch.equal's time.)"""
+    return all(_bytes(one) == _bytes(other) for one, other in zip(states, others, strict=True))
 
 
 def _bytes(state: Tensor) -> bytes:
@@ -133,12 +156,12 @@ def _bytes(state: Tensor) -> bytes:
 
 _LAST: list[bytes] = [b""]
 """The CPU's state at the end of the last run that drew nothing."""
-Copies = tuple[torch.Generator, Tensor | None]
+Copies = tuple[torch.Generator, RandomState]
 
 
 def generators(device: torch.device) -> Copies:
-    """Copies of the CPU's generator, and of the state of `device`'s where it is a CUDA device: made in half the time of reading a state."""
-    return default_generator.clone_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    """A copy of the CPU's generator, which is made in half the time of reading its state, and the state of `device`'s own."""
+    return default_generator.clone_state(), () if device.type == "cpu" else _own_state(device)
 
 
 def unmoved(copies: Copies, device: torch.device) -> bool:
@@ -147,25 +170,25 @@ def unmoved(copies: Copies, device: torch.device) -> bool:
     Calls follow one another with nothing drawn in between more often than not: then the CPU's state equals the one at the end of the last
     call, and the copy is not looked into.
     """
-    state = default_generator.get_state()
+    state, (copy, own) = default_generator.get_state(), copies
     now = string_at(state.data_ptr(), state.numel())
     if now != _LAST[0]:
-        if now != _bytes(copies[0].get_state()):
+        if now != _bytes(copy.get_state()):
             return False
         _LAST[0] = now
-    return copies[1] is None or _bytes(copies[1]) == _bytes(torch.cuda.get_rng_state(device))
+    return not own or _equal(own, _own_state(device))
 
 
 def put_back(copies: Copies, device: torch.device) -> None:
     """The generators as the copies are."""
-    restore((copies[0].get_state(), *[other for other in copies[1:] if isinstance(other, Tensor)]), device)
+    restore((copies[0].get_state(), *copies[1]), device)
 
 
 def restore(state: RandomState, device: torch.device) -> None:
     """The generators of the CPU and of `device` as `random_state` found them."""
     torch.set_rng_state(state[0])
     for other in state[1:]:
-        torch.cuda.set_rng_state(other, device)
+        _own_numbers(device).set_rng_state(other, *place(device))
 
 
 @contextmanager
@@ -207,7 +230,9 @@ def rounding() -> Rounding:
     """The autocast that is on, with its dtypes."""
     if not rounded():
         return ()
-    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)])
+    card = torch.accelerator.current_accelerator()
+    kinds = ("cpu", "cuda") if card is None or card.type == "cuda" else ("cpu", "cuda", card.type)
+    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)])
 
 
 @contextmanager
