@@ -51,9 +51,9 @@ def histories(root=None):
 class Net(nn.Module):
     """A network whose forward a test can replace by its own."""
 
-    def __init__(self, run):
+    def __init__(self, run, outputs=2):
         super().__init__()
-        self.first, self.last, self.scale = nn.Linear(3, 4), nn.Linear(4, 2), nn.Parameter(torch.randn(4))
+        self.first, self.last, self.scale = nn.Linear(3, 4), nn.Linear(4, outputs), nn.Parameter(torch.randn(4))
         self.run, self.calls, self.turn = run, 0, 0
         self.double()
 
@@ -110,14 +110,14 @@ KEPT = {
 }
 
 
-RUNNERS = {"native": {}, "vmapped": {"randomness": "different"}}
-"""Options that decide which runner records f."""
+RUNNERS = {"native": {}, "one output": {}, "vmapped": {"randomness": "different"}}
+"""Options that decide which runner records f. (Blocks of one output are made in fewer steps.)"""
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("name", KEPT)
 def test_runs_that_keep_to_the_script(name, runner):
-    net = Net(KEPT[name])
+    net = Net(KEPT[name], 1 if runner == "one output" else 2)
     for seed in range(5):
         net.turn = seed
         J = pt.jacobian(net, x_of(seed), check="never", **RUNNERS[runner])
@@ -247,7 +247,7 @@ CHANGES = {
 @pytest.mark.parametrize("turns", ["0001000", "00001111", "0101010101", "000011001100"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_run_that_differs_is_found(name, turns, runner):
-    net = Net(CHANGES[name])
+    net = Net(CHANGES[name], 1 if runner == "one output" else 2)
     for seed, turn in enumerate(turns):
         net.turn = int(turn)
         J = pt.jacobian(net, x_of(seed), check="never", **RUNNERS[runner])
@@ -510,7 +510,7 @@ def test_a_write_after_the_use_is_told_as_in_a_first_call(saved):
                 h.detach().add_(1)
         return out
 
-    net, told = Net(run), []
+    net, told = Net(run, 1), []
     for known in (True, False):
         _repeated.forget()
         for net.turn in (0, 0, 0, 0) if known else ():
