@@ -103,6 +103,9 @@ KEPT = {
     "a token for every sample": lambda self, x: self.last(torch.stack([self.first(x), self.scale.expand(len(x), 4)], 1)).sin().sum(1),
     "positions": lambda self, x: self.last(torch.tanh(self.first(x)[:, None] + rows_of(self.first.weight.T, torch.arange(3)))).sum(1),
     "types": lambda self, x: self.last(torch.tanh(self.first(x) + rows_of(self.first.weight.T, torch.ones(1).long().expand(len(x))))),
+    "positions written out": lambda self, x: self.last(
+        torch.tanh(self.first(x)[:, None] + rows_of(self.first.weight.T, torch.arange(3).repeat(len(x), 1)))
+    ).sum(1),
     "other numbers of a sum": lambda self, x: self.last(torch.add(self.first(x), self.scale, alpha=1.0 + self.turn)),
     "keywords and constants": lambda self, x: self.last(torch.add(input=self.first(x), other=torch.full((4,), 2.0, dtype=x.dtype))),
     "frozen in part": lambda self, x: nn.functional.linear(torch.tanh(self.first(x)), self.last.weight.detach(), self.last.bias),
@@ -215,6 +218,9 @@ CHANGES = {
     "no formula, for another": lambda self, x: self.last(self.first(x).abs() ** (self.first.bias if self.turn else self.scale)),
     "a token, or none": lambda self, x: self.last(
         torch.stack([self.first(x), (self.scale if self.turn else self.first.bias).expand(len(x), 4)], 1)
+    ).sum(1),
+    "positions that differ": lambda self, x: self.last(
+        torch.tanh(self.first(x)[:, None] + rows_of(self.first.weight.T, torch.arange(2).repeat_interleave(2)[[0, self.turn + 1]]))
     ).sum(1),
     "an index that repeats": lambda self, x: self.last(
         torch.tanh(self.first(x) + rows_of(self.first.weight.T, (torch.ones(1) if self.turn else torch.ones(len(x))).long().expand(len(x))))
