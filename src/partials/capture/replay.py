@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from .._blocks import Block
-from .._compat import batched, body_of, reverse, transform_now
+from .._compat import batched, body_of, first_mapped, reverse, transform_now
 from .._errors import PartialsError
 from .._machine import share
 from .._plan import LARGE
@@ -133,7 +133,11 @@ class Replay(Names, TorchFunctionMode):
             out = func(*args, **kwargs) if kwargs else func(*args)
         else:
             out = at_once(func, args, kwargs, self.level, self.size)
-        self.mark(out, args)
+        if type(out) is not Tensor or length != 1 or out is args[0]:
+            self.mark(out, args)
+        else:  # (as `mark` does)
+            setattr(out, NAME, self.origin + len(self.nodes))
+            self.nodes.append(history(out))
         return out
 
     def _without(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -143,9 +147,9 @@ class Replay(Names, TorchFunctionMode):
     def _used(self, func: Any, args: Any, kwargs: Any, uses: tuple[bool, ...], reads: Any) -> Any:
         """Run an operation and record its uses: what their blocks are made from, or what the operation's rule says of them."""
         parts: Sequence[Part] = () if reads is not None else tuple(RULES[func](*args, **kwargs))
-        out = at_once(func, args, kwargs, self.level, self.size)
+        out = func(*args, **kwargs) if self.level is None else at_once(func, args, kwargs, self.level, self.size)
         owner, place, slot = out, None, len(self.edges)
-        if reads is None or out._is_view():
+        if reads is None or self.level is not None or out._is_view():
             out, owner, folded, place, parts = settled(func, out, parts, mapped=self.level is not None)
             if folded is not None:
                 self.folded[slot] = folded
@@ -156,7 +160,10 @@ class Replay(Names, TorchFunctionMode):
         for places in reads or ():
             saved: Saved = ()
             for at in places:
-                t = args[at]
+                t = args[at] if self.level is None else first_mapped(args[at])
+                if t is None or (place is not None and place.levels and (t is args[at] or place.order is not None)):
+                    self.leave()
+                    return out
                 t = t.detach() if t.requires_grad else t
                 saved += ((t, t._version),)
             self.taken.append(saved)
@@ -234,24 +241,25 @@ def _answer(problem: Problem, script: Script, run: Replay, values: Tensor, whole
     blocks: dict[str, tuple[Block, ...]] = dict.fromkeys(script.wanted, ())
     sources = []
     for told, use in zip(script.uses, run.taken, strict=True):
-        for t, version in use.saved if type(use) is Use else use:
+        slot, name, layout, quick, again, sizes = told
+        for t, version in use.saved if quick is None else use:
             if t._version != version:
-                raise Refused(f"an input of {told.sizes.operation} was changed in place after the operation read it")
-            if told.again:
-                sources.append((told.again, t, version))
-        g = found[told.slot]
+                raise Refused(f"an input of {sizes.operation} was changed in place after the operation read it")
+            if again:
+                sources.append((again, t, version))
+        g = found[slot]
         if g is None:
             continue
-        block = block_of(use, g, told.layout, size, single=one) if told.quick is None else told.quick(g, use)
-        if told.name is not None:
-            blocks[told.name] += (block,)
+        block = block_of(use, g, layout, size, single=one) if quick is None else quick(g, use)
+        if name is not None:
+            blocks[name] += (block,)
             continue
-        for name, its in carried_to(use, block, {t.name: t.tensor for t in problem.targets}, attached=False).items():
-            blocks[name] += (its,)
-    for target in problem.targets:
-        group = blocks[target.name]
+        for wanted, its in carried_to(use, block, {t.name: t.tensor for t in problem.targets}, attached=False).items():
+            blocks[wanted] += (its,)
+    for name, group in blocks.items():
         if len(group) != 1:
-            blocks[target.name] = tuple(merged(list(group))) or (zero(target.tensor, size, script.outputs),)
+            parameter = next(t.tensor for t in problem.targets if t.name == name)
+            blocks[name] = tuple(merged(list(group))) or (zero(parameter, size, script.outputs),)
     return Computed(
         values.detach(),
         blocks,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from itertools import islice
 from operator import attrgetter
@@ -78,8 +78,7 @@ class Step(NamedTuple):
     """Of expanded parameters."""
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(NamedTuple):
     """What a script says of one use."""
 
     slot: int
@@ -249,13 +248,13 @@ class Draft:
                 mine = []
                 for use, layout in islice(uses, sum(step.uses)):
                     name = names.get(id(use.part.parameter))
-                    known = step.reads is not None and name is not None and outputs == 1 and runner == "native"
+                    known = step.reads is not None and name is not None and outputs == 1 and (runner == "native" or _lies_first(use))
                     quick = quickly(use.part, torch.Size(use.shape), layout, n) if known else None
                     form = formless(use.part.parameter) if name is None else forms[name]
                     again = f"an input of {use.operation}" if type(use.part) in READ_AGAIN else ""
                     mine.append(Told(use.slot, name, layout, quick, again, sizes_of(use, form)))
                 if any(use.quick is None for use in mine):
-                    step, mine = step._replace(reads=None), [replace(use, quick=None) for use in mine]
+                    step, mine = step._replace(reads=None), [use._replace(quick=None) for use in mine]
                 steps.append(step)
                 told += mine
         found = tuple(steps), tuple(told), self.output, outputs, forms, needed, course
@@ -357,6 +356,11 @@ def _reads(part: Any, args: Any, out: Any) -> tuple[int, ...] | None:
     places = {id(value): at for at, value in enumerate(args)}
     found = [places.get(id(t), -1) for t in (part.saved if kind is SumPart else (part.a,))]
     return None if -1 in found else tuple(found)
+
+
+def _lies_first(use: Use) -> bool:
+    """Whether a use under vmap, and what its block reads, lie beneath with the samples in front and nothing else moved."""
+    return use.order is None and not use.merged and (type(use.part) is OuterPart or (type(use.part) is SumPart and not use.part.saved))
 
 
 def _told_again(func: Any, kwargs: Any) -> bool:
