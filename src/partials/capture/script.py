@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from itertools import islice
 from operator import attrgetter
@@ -175,9 +175,9 @@ class Names:
                 self._add(words, (value.start, value.stop, value.step), func)
             elif kind is bool:
                 words.append(_TRUE if value else _FALSE)
-            elif is_dataclass(value):
+            elif is_dataclass(kind) and kind.__module__.startswith(_OWN):
                 words.append(kind)
-                self._add(words, vars(value).values(), func)
+                self._add(words, [getattr(value, each.name) for each in fields(kind)], func)
             else:
                 words.append(value if value is ... else object() if isinstance(value, Mapping) else Same(value))
 
