@@ -39,7 +39,7 @@ def measure(name: str, *, quick: bool) -> dict[str, Any]:
     if name == OVERHEAD:
         found = overheads(11 if quick else 31)
         return {"times": {"slopes": {what: [value] for what, value in found.items()}}, "refused": {}, "memory": {}}
-    made, task, turns, seconds = made_of(name), CASES[name], 7 if quick else 31, 2.5 if quick else 4.0
+    made, task, turns, seconds = made_of(name), CASES[name], 7 if quick else 31, 2.0 if quick else 4.0
     J = made.factors()
     _agree("one backward", J.T @ torch.ones_like(J.values), torch.cat([g.flatten() for g in made.step()]))
     times = {"quantities": taken(_quantities(name, made, J), turns, seconds), "given factors": taken(_given(made, J), turns, 2.0)}
