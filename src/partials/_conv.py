@@ -126,10 +126,9 @@ class Conv(Block):
 
     def matmul(self, v: Tensor) -> Tensor:
         """J v: the convolution with v, met with the cotangent."""
-        x, g = (self.a if self.transposed else self._padded()).flatten(0, 1), self.g.flatten(2)
-        columns = []
+        (x, pads), g, columns = self._given(), self.g.flatten(2), []
         for weight in v.to(x.dtype).unbind(-1):
-            z = self._convolved(x, weight)
+            z = self._convolved(x.flatten(0, 1), weight, pads)
             columns.append(g @ z.unflatten(0, self.a.shape[:2]).flatten(1).unsqueeze(-1))
         return torch.cat(columns, -1) if columns else g.new_zeros(*self.rows, 0)
 
@@ -147,18 +146,27 @@ class Conv(Block):
         g = torch.einsum("nc,nc...->n...", u, self.g).flatten(0, 1)
         if not len(g):
             return g.new_zeros(self.shape)
-        x, g = (self._padded(g), self.a.flatten(0, 1)) if self.transposed else (self._padded().flatten(0, 1), g)
-        return GRADIENT[len(self.stride)](x, self.shape, g, self.stride, 0, self.dilation, self.groups)
+        x, pads = self._given()
+        if self.transposed:
+            x, g, pads = self._padded(g), x.flatten(0, 1), (0,) * len(pads)
+        else:
+            x = x.flatten(0, 1)
+        return GRADIENT[len(self.stride)](x, self.shape, g, self.stride, pads, self.dilation, self.groups)
 
-    def _convolved(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _given(self) -> tuple[Tensor, tuple[int, ...]]:
+        """The input, and the padding that is left to the kernel: none where it is not the same on both sides, it is in the input then."""
+        if self.transposed or all(before == after for before, after in self.padding):
+            return self.a, tuple([before for before, _ in self.padding])
+        return self._padded(), (0,) * len(self.padding)
+
+    def _convolved(self, x: Tensor, weight: Tensor, pads: tuple[int, ...]) -> Tensor:
         """The operation itself: (N * frames, I, ...) to (N * frames, O, *space')."""
         dims = len(self.stride)
         if not self.transposed:
-            return CONV[dims](x, weight, None, self.stride, 0, self.dilation, self.groups)
+            return CONV[dims](x, weight, None, self.stride, pads, self.dilation, self.groups)
         reach = [gap * (k - 1) + 1 for gap, k in zip(self.dilation, self.shape[2:], strict=True)]
         least = [(size - 1) * step + r for size, step, r in zip(self.a.shape[3:], self.stride, reach, strict=True)]
-        extra = [size + sum(pads) - low for size, pads, low in zip(self.g.shape[4:], self.padding, least, strict=True)]
-        pads = [before for before, _ in self.padding]
+        extra = [size + sum(both) - low for size, both, low in zip(self.g.shape[4:], self.padding, least, strict=True)]
         return TRANSPOSED[dims](x, weight, None, self.stride, pads, extra, self.groups, self.dilation)
 
     def _padded(self, wide: Tensor | None = None) -> Tensor:

@@ -99,9 +99,10 @@ def test_convolutions_take_what_is_asked_for(monkeypatch):
 @pytest.mark.parametrize("room", [1, 2**40])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("n", [0, 1, 5])
-def test_rows_of_convolutions_are_the_same_by_each_formula(n, dims, room):
+@pytest.mark.parametrize("padding", [((1, 0), (0, 2), (0, 0)), ((1, 1), (2, 2), (0, 0))])
+def test_rows_of_convolutions_are_the_same_by_each_formula(padding, n, dims, room):
     """Strides, padding on one side, dilation, groups, frames and several outputs; gradients too, where memory must not be used again."""
-    stride, dilation, padding, size = (2, 1, 2)[:dims], (1, 2, 1)[:dims], ((1, 0), (0, 2), (0, 0))[:dims], (6, 7, 5)[:dims]
+    stride, dilation, padding, size = (2, 1, 2)[:dims], (1, 2, 1)[:dims], padding[:dims], (6, 7, 5)[:dims]
     x = torch.randn(n, 2, 4, *size, dtype=torch.float64, requires_grad=True)
     wide = [low + high + length for (low, high), length in zip(padding, size, strict=True)]
     space = [(length - gap * 2 - 1) // step + 1 for length, gap, step in zip(wide, dilation, stride, strict=True)]
@@ -119,6 +120,9 @@ def test_rows_of_convolutions_are_the_same_by_each_formula(n, dims, room):
     torch.testing.assert_close(found["patches"], found["offsets"])
     torch.testing.assert_close(slopes["patches"], slopes["offsets"])
     rows, written, added, norms = found["patches"]
+    v, u = torch.randn(*block.shape, 2, dtype=torch.float64), torch.randn(n, 3, 2, dtype=torch.float64)
+    torch.testing.assert_close(block.matmul(v).detach(), rows.flatten(2) @ v.flatten(0, -2))
+    torch.testing.assert_close(block.rmatmul(u).detach().flatten(0, -2), torch.einsum("ncp,nck->pk", rows.flatten(2), u))
     torch.testing.assert_close((written, added - out, norms), (rows.flatten(2), rows.flatten(2), rows.flatten(2).square().sum(2)))
 
 

@@ -97,15 +97,18 @@ KEPT = {
     ),
     "a branch on shapes": lambda self, x: self.last(self.first(x) if x.shape[1] == 3 else self.first(x) * 2),
     "other floats": lambda self, x: self.last(self.first(x) * (1.0 + self.turn)) / (2.0 + self.turn),
-    "other numbers of a sum": lambda self, x: self.last(torch.add(self.first(x), self.scale, alpha=1.0 + self.turn)),
-    "keywords and constants": lambda self, x: self.last(torch.add(input=self.first(x), other=torch.full((4,), 2.0, dtype=x.dtype))),
-    "frozen in part": lambda self, x: nn.functional.linear(torch.tanh(self.first(x)), self.last.weight.detach(), self.last.bias),
     "a layer over time": lambda self, x: self.last(recurrent(x, self.first, self.scale)),
     "a contraction": lambda self, x: self.last(torch.einsum("oi,ni->no", self.first.weight, x) + self.first.bias * self.scale),
     "no formula": lambda self, x: self.last(self.first(x).abs() ** self.scale),
     "a token for every sample": lambda self, x: self.last(torch.stack([self.first(x), self.scale.expand(len(x), 4)], 1)).sin().sum(1),
     "positions": lambda self, x: self.last(torch.tanh(self.first(x)[:, None] + rows_of(self.first.weight.T, torch.arange(3)))).sum(1),
     "types": lambda self, x: self.last(torch.tanh(self.first(x) + rows_of(self.first.weight.T, torch.ones(1).long().expand(len(x))))),
+    "positions written out": lambda self, x: self.last(
+        torch.tanh(self.first(x)[:, None] + rows_of(self.first.weight.T, torch.arange(3).repeat(len(x), 1)))
+    ).sum(1),
+    "other numbers of a sum": lambda self, x: self.last(torch.add(self.first(x), self.scale, alpha=1.0 + self.turn)),
+    "keywords and constants": lambda self, x: self.last(torch.add(input=self.first(x), other=torch.full((4,), 2.0, dtype=x.dtype))),
+    "frozen in part": lambda self, x: nn.functional.linear(torch.tanh(self.first(x)), self.last.weight.detach(), self.last.bias),
     "parameters unused": lambda self, x: self.first(x).sum(1, keepdim=True),
 }
 
@@ -164,18 +167,18 @@ def _written_unseen(self, x):
     return self.last(torch.tanh(h))
 
 
+def _data_unseen(self, x):
+    with torch._C.DisableTorchFunction():
+        other = x[:, :1].expand(-1, 4).clone() if self.turn else torch.ones(len(x), 4, dtype=x.dtype)
+    return self.last(self.first(x) + self.scale * other)
+
+
 def _input_written_unseen(self, x):
     x = self.first(x).detach()  # (what f is given must stay as it is)
     if self.turn:
         with torch._C.DisableTorchFunction():
             x.mul_(self.scale)
     return self.last(x)
-
-
-def _data_unseen(self, x):
-    with torch._C.DisableTorchFunction():
-        other = x[:, :1].expand(-1, 4).clone() if self.turn else torch.ones(len(x), 4, dtype=x.dtype)
-    return self.last(self.first(x) + self.scale * other)
 
 
 def _detached(self, x):
@@ -216,6 +219,9 @@ CHANGES = {
     "a token, or none": lambda self, x: self.last(
         torch.stack([self.first(x), (self.scale if self.turn else self.first.bias).expand(len(x), 4)], 1)
     ).sum(1),
+    "positions that differ": lambda self, x: self.last(
+        torch.tanh(self.first(x)[:, None] + rows_of(self.first.weight.T, torch.arange(2).repeat_interleave(2)[[0, self.turn + 1]]))
+    ).sum(1),
     "an index that repeats": lambda self, x: self.last(
         torch.tanh(self.first(x) + rows_of(self.first.weight.T, (torch.ones(1) if self.turn else torch.ones(len(x))).long().expand(len(x))))
     ),
@@ -231,10 +237,10 @@ CHANGES = {
     "a frozen copy": lambda self, x: self.last(self.first(x) * (self.scale.detach() if self.turn else self.scale)),
     "a hidden use": _hidden,
     "a write that nobody saw": _written_unseen,
-    "a write to what has no gradient": _input_written_unseen,
     "a hidden use at the end": lambda self, x: (lambda h: Hidden.apply(h, self.last.bias) if self.turn else h)(self.last(self.first(x))),
     "no formula, without grad": _expanded_without_grad,
     "data that nobody saw": _data_unseen,
+    "a write to what has no gradient": _input_written_unseen,
     "detached": _detached,
     "without grad": _without_grad,
     "under vmap": _vmapped,

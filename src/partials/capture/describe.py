@@ -59,8 +59,6 @@ def sizes_of(use: Use, parameter: Tensor) -> Use:
         setattr(part, name, None)
     if isinstance(part, SumPart):
         part.times = None  # (it may hold more)
-    if isinstance(part, ExpandedPart):
-        part.expanded = parameter
     return replace(use, part=part, saved=saved)
 
 

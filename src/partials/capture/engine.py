@@ -27,7 +27,7 @@ from .layout import Layout, spilt
 from .recorder import Recorder
 from .reverse import cotangents, single, weighted
 from .tape import TapeRecorder
-from .trace import Refused, Trace, Unplaced, Use, remarks
+from .trace import NO_GRAPH, Refused, Trace, Unplaced, Use, without_rule
 from .walk import demand_complete
 
 
@@ -169,6 +169,9 @@ def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | 
     blocks = _blocks(problem, uses, wanted, measured, found, outputs)
     for target, g in zip(problem.inputs, found[len(trace.edges) :], strict=True):
         blocks[target.name] = (_input_block(problem, target, g, outputs),)
+    notes = without_rule(trace.expanded)
+    if not values.requires_grad:
+        notes.append(NO_GRAPH)
     read = [use for use in uses if type(use.part) in READ_AGAIN]
     sources = [(f"an input of {use.operation}", t, version) for use in read for t, version in use.saved]
     for use in uses:
@@ -176,7 +179,7 @@ def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | 
     return Computed(
         values if problem.create_graph else values.detach(),
         blocks,
-        remarks(values, trace.expanded),
+        notes,
         whole,
         tuple(sources),
         lambda: described(uses, wanted, size, measured, runner),

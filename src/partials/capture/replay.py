@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from .._blocks import Block
-from .._compat import batched, body_of, reverse, transform_now
+from .._compat import batched, body_of, first_mapped, reverse, transform_now
 from .._errors import PartialsError
 from .._machine import share
 from .._plan import LARGE
@@ -22,8 +22,7 @@ from .._signature import rebuild, tensors_in
 from .._state import generators, put_back, unmoved
 from .._typing import Tensor
 from ..methods._base import Computed
-from ..rules import COMPOSITES, REPEATED, RULES, ExpandedPart, Part
-from ..rules import Run as RuleRun
+from ..rules import COMPOSITES, REPEATED, RULES, ExpandedPart, Part, Run
 from ..rules._parts import keep
 from .beneath import at_once, settled
 from .build import Saved, block_of, carried_to, merged, zero
@@ -31,7 +30,7 @@ from .describe import described
 from .engine import apart, unfolded
 from .reverse import cotangents
 from .script import NAME, Kind, Names, Script, Step
-from .trace import Refused, Use, edge_of, remarks
+from .trace import NO_GRAPH, Refused, Use, edge_of, without_rule
 
 
 def replayed(problem: Problem) -> Computed | None:
@@ -100,8 +99,7 @@ class Replay(Names, TorchFunctionMode):
 
     def ends(self, values: Tensor) -> None:
         """f is over and has returned these."""
-        told = next(self.steps, None) is None and next(self.answers, None) is None
-        if not told or self.of(values) != self.output:
+        if next(self.steps, None) is not None or next(self.answers, None) is not None or self.of(values) != self.output:
             self.kept = False
 
     def leave(self) -> None:
@@ -112,7 +110,7 @@ class Replay(Names, TorchFunctionMode):
         step = next(self.steps, None)
         if step is None:
             return self._without(func, args, kwargs)
-        its, length, named, usual, others, words, worded, kind, _, _, _, reads = step
+        its, length, named, usual, others, words, worded, uses, reads, kind, _ = step
         if func != its or len(args) != length or transform_now() != self.level:
             return self._without(func, args, kwargs)
         history = self.history
@@ -127,10 +125,10 @@ class Replay(Names, TorchFunctionMode):
             worded = worded or args[at] is not value
         if (worded or kwargs) and self.words(func, [args[at] for at in others], kwargs) != words:
             return self._without(func, args, kwargs)
-        if reads is not None:
-            out = self._read(func, args, reads)
-        elif kind is not None:
+        if kind is not None:
             out = KINDS[kind](self, step, args, kwargs or {})
+        elif uses:
+            out = self._used(func, args, kwargs or {}, uses, reads)
         elif self.level is None:
             out = func(*args, **kwargs) if kwargs else func(*args)
         else:
@@ -146,52 +144,43 @@ class Replay(Names, TorchFunctionMode):
         self.leave()
         return func(*args, **kwargs or {})
 
-    def _read(self, func: Any, args: Any, reads: tuple[tuple[int, ...], ...]) -> Any:
-        """Run an operation whose uses are known by what their blocks are made from."""
-        out = owner = func(*args)
-        if out._is_view():
-            out, owner, folded, _, _ = settled(func, out, (), mapped=False)
+    def _used(self, func: Any, args: Any, kwargs: Any, uses: tuple[bool, ...], reads: Any) -> Any:
+        """Run an operation and record its uses: what their blocks are made from, or what the operation's rule says of them."""
+        parts: Sequence[Part] = () if reads is not None else tuple(RULES[func](*args, **kwargs))
+        out = func(*args, **kwargs) if self.level is None else at_once(func, args, kwargs, self.level, self.size)
+        owner, place, slot = out, None, len(self.edges)
+        if reads is None or self.level is not None or out._is_view():
+            out, owner, folded, place, parts = settled(func, out, parts, mapped=self.level is not None)
             if folded is not None:
-                self.folded[len(self.edges)] = folded
-        if owner.grad_fn is None:
+                self.folded[slot] = folded
+        if owner.grad_fn is None or (reads is None and len(parts) != len(uses)):
             self.leave()
             return out
-        self.edges.append(GradientEdge(owner.grad_fn, owner.output_nr))
-        for places in reads:
+        self.edges.append(edge_of(owner))
+        for places in reads or ():
             saved: Saved = ()
             for at in places:
-                t = args[at]
+                t = args[at] if self.level is None else first_mapped(args[at])
+                if t is None or (place is not None and place.levels and (t is args[at] or place.order is not None)):
+                    self.leave()
+                    return out
                 t = t.detach() if t.requires_grad else t
                 saved += ((t, t._version),)
             self.taken.append(saved)
-        return out
-
-    def _by_rule(self, step: Step, args: Any, kwargs: Any) -> Any:
-        parts: Sequence[Part] = tuple(RULES[step.func](*args, **kwargs))
-        out = at_once(step.func, args, kwargs, self.level, self.size)
-        out, owner, folded, place, parts = settled(step.func, out, parts, mapped=self.level is not None)
-        if owner.grad_fn is None or len(parts) != len(step.uses):
-            self.leave()
-            return out
-        slot = len(self.edges)
-        self.edges.append(edge_of(owner))
-        if folded is not None:
-            self.folded[slot] = folded
-        for part, wanted in zip(parts, step.uses, strict=True):
-            if wanted:
+        for part, wanted in zip(parts, uses, strict=reads is None):
+            if wanted and place is not None:
                 saved = tuple(keep(part, attached=False))
-                self.taken.append(Use(step.func, part, slot, place.shape, place.order, place.merged, saved=saved))
+                self.taken.append(Use(func, part, slot, place.shape, place.order, place.merged, saved=saved))
         return out
 
     def _expanded(self, step: Step, args: Any, kwargs: Any) -> Any:
         tensors, shapes = tensors_in((*args, *kwargs.values())), iter(step.shapes)
         swapped: dict[int, Tensor] = {}
         for p in [p for p, mine in zip(tensors, step.uses, strict=True) if mine]:
-            if id(p) not in swapped:
-                shape = next(shapes)
-                wide = p.expand(shape) if p.shape != shape else p.view_as(p)
-                self._widen(step.func, p, wide)
-                swapped[id(p)] = wide if self.level is None else batched(wide, self.level)
+            shape = next(shapes)
+            wide = p.expand(shape) if p.shape != shape else p.view_as(p)
+            self._widen(step.func, p, wide)
+            swapped[id(p)] = wide if self.level is None else batched(wide, self.level)
         args, kwargs = rebuild((args, kwargs), iter([swapped.get(id(t), t) for t in tensors]))
         return step.func(*args, **kwargs)
 
@@ -209,7 +198,7 @@ class Replay(Names, TorchFunctionMode):
         self.edges.append(edge_of(wide))
 
     def _once(self, step: Step, args: Any, kwargs: Any) -> Any:
-        if REPEATED[step.func](*args, **kwargs) is not None:
+        if REPEATED[step.func](*args, **kwargs):
             self.leave()
         return step.func(*args, **kwargs)
 
@@ -225,13 +214,12 @@ class Replay(Names, TorchFunctionMode):
             return body_of(step.func)(*args, **kwargs)
 
     def _composite(self, step: Step, args: Any, kwargs: Any) -> Any:
-        run = RuleRun(lambda _: next(self.answers, False), self.level is not None)  # (one question more is one step more, or another)
+        run = Run(lambda _: next(self.answers, False), self.level is not None)  # (with one more question, other steps follow)
         with self:
             return COMPOSITES[step.func](run, *args, **kwargs)
 
 
 KINDS = {
-    Kind.RULE: Replay._by_rule,
     Kind.EXPANDED: Replay._expanded,
     Kind.WIDENED: Replay._widened,
     Kind.ONCE: Replay._once,
@@ -275,7 +263,7 @@ def _answer(problem: Problem, script: Script, run: Replay, values: Tensor, whole
     return Computed(
         values.detach(),
         blocks,
-        remarks(values, script.expanded),
+        [*without_rule(script.expanded), *([] if values.requires_grad else [NO_GRAPH])],
         whole,
         tuple(sources),
         lambda: described([told.sizes for told in script.uses], script.wanted, size, [told.layout for told in script.uses], script.runner),

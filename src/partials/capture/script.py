@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from itertools import islice
 from operator import attrgetter
@@ -37,15 +37,14 @@ NAME = "_partials_step"
 _RUNS = itertools.count(1)
 SPAN = 2**32
 _OF_TORCH = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, MethodWrapperType, GetSetDescriptorType)
-_OWN = ("torch.", f"{recurrent_product.__module__}")
+_OWN = ("torch.", recurrent_product.__module__)
 _TRUE, _FALSE = (bool, True), (bool, False)  # (True == 1, but a sum over dimension 1 is no sum with keepdim)
 _AS_THEY_ARE = frozenset({int, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
 class Kind(Enum):
-    """How an operation is run that is no plain one: see `replay`."""
+    """How an operation is run that is neither a plain one nor a use by its rule: see `replay`."""
 
-    RULE = "a use, by its rule"
     EXPANDED = "a use, of parameters that are expanded before it"
     WIDENED = "a use, which expands the parameter itself"
     ONCE = "of parameters alone, and not the same for every sample"
@@ -55,7 +54,7 @@ class Kind(Enum):
 
 
 class Step(NamedTuple):
-    """One operation: what it was called with, and how it is run."""
+    """One operation: what it was called with, and whether it is a use."""
 
     func: Any
     length: int
@@ -70,15 +69,13 @@ class Step(NamedTuple):
     """For these, and for keywords."""
     worded: bool
     """Whether words must be compared in any case."""
-    kind: Kind | None = None
-    recorded: int = 0
-    """Number of uses."""
     uses: tuple[bool, ...] = ()
-    """Of what the operation's rule says, or of its tensors where it has none: which concerns a wanted parameter."""
-    shapes: tuple[tuple[int, ...], ...] = ()
-    """Of expanded parameters."""
+    """Of what the operation's rule says, which concerns a wanted parameter; of its tensors, which are expanded; () where it is no use."""
     reads: tuple[tuple[int, ...], ...] | None = None
     """Of each use: which arguments its block is made from; None where the rule must be asked each time."""
+    kind: Kind | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of expanded parameters."""
 
 
 class Told(NamedTuple):
@@ -113,9 +110,9 @@ class Script:
     """Bytes that the factors of one output take."""
     course: tuple[int, int]
     """Numbers for what f did (see `Computed.course`)."""
-    answers: tuple[bool, ...] = ()
+    answers: tuple[bool, ...]
     """What composites were told of their arguments: whether they depend on the samples."""
-    expanded: tuple[str, ...] = ()
+    expanded: tuple[str, ...]
     """Operations without a rule."""
 
 
@@ -178,9 +175,9 @@ class Names:
                 self._add(words, (value.start, value.stop, value.step), func)
             elif kind is bool:
                 words.append(_TRUE if value else _FALSE)
-            elif is_dataclass(value):
+            elif is_dataclass(kind) and kind.__module__.startswith(_OWN):
                 words.append(kind)
-                self._add(words, vars(value).values(), func)
+                self._add(words, [getattr(value, each.name) for each in fields(kind)], func)
             else:
                 words.append(value if value is ... else object() if isinstance(value, Mapping) else Same(value))
 
@@ -249,9 +246,9 @@ class Draft:
         for step in self.steps:
             if step is not None:
                 mine = []
-                for use, layout in islice(uses, step.recorded):
+                for use, layout in islice(uses, sum(step.uses)):
                     name = names.get(id(use.part.parameter))
-                    known = step.reads is not None and name is not None and outputs == 1 and runner == "native"
+                    known = step.reads is not None and name is not None and outputs == 1 and (runner == "native" or _lies_first(use))
                     quick = quickly(use.part, torch.Size(use.shape), layout, n) if known else None
                     form = formless(use.part.parameter) if name is None else forms[name]
                     again = f"an input of {use.operation}" if type(use.part) in READ_AGAIN else ""
@@ -260,8 +257,8 @@ class Draft:
                     step, mine = step._replace(reads=None), [use._replace(quick=None) for use in mine]
                 steps.append(step)
                 told += mine
-        answers, expanded = tuple(self.answers), tuple(trace.expanded)
-        return Script(runner, tuple(steps), tuple(told), self.output, outputs, forms, needed, course, answers, expanded)
+        found = tuple(steps), tuple(told), self.output, outputs, forms, needed, course
+        return Script(runner, *found, tuple(self.answers), tuple(trace.expanded))
 
 
 class Scribe(Recorder):
@@ -301,31 +298,36 @@ class Scribe(Recorder):
         """The step with its uses, None for what cannot be told again."""
         func = step.func
         if within:  # (uses are those of the steps inside)
-            if func in COMPOSITES:
-                return step._replace(kind=Kind.COMPOSITE)
-            if func in REPEATED:
-                return step._replace(kind=Kind.REPEATED)
-            own = func not in RULES and isinstance(func, FunctionType) and _compat.body_of(func) is not None
-            return step._replace(kind=Kind.BODY) if own else None
+            return self._within(step)
         if not uses:
             if func not in REPEATED or self.expand_unknown:
                 return step
             return None if REPEATED[func](*args, **kwargs) else step._replace(kind=Kind.ONCE)
-        if any(use.func is not func for use in uses):
+        expanded = sum(type(use.part) is ExpandedPart for use in uses)
+        if any(use.func is not func for use in uses) or 0 < expanded < len(uses):
             return None
-        step = step._replace(recorded=len(uses))
-        mine, expanded = {id(use.part.parameter) for use in uses}, sum(type(use.part) is ExpandedPart for use in uses)
+        mine = {id(use.part.parameter) for use in uses}
         if expanded:
-            told = tuple([id(t) in mine for t in tensors_in((*args, *kwargs.values()))])
+            tensors = list(map(id, tensors_in((*args, *kwargs.values()))))
+            told = tuple([of in mine and of not in tensors[:at] for at, of in enumerate(tensors)])
             kind = Kind.WIDENED if func in EXPANDS and not self.expand_unknown else Kind.EXPANDED
-            return step._replace(kind=kind, uses=told, shapes=tuple([use.shape for use in uses])) if expanded == len(uses) else None
+            return step._replace(uses=told, kind=kind, shapes=tuple([use.shape for use in uses])) if sum(told) == expanded else None
         parts = list(RULES[func](*args, **kwargs)) if func in RULES else []
-        told = tuple([id(part.parameter) in mine for part in parts])
+        told = tuple(id(part.parameter) in mine for part in parts)
         if sum(told) != len(uses):
             return None
-        fixed = isinstance(func, _OF_TORCH) and not kwargs and (func not in ENTRY_BY_ENTRY or not step.others)
+        fixed = not kwargs and (func not in ENTRY_BY_ENTRY or not step.others)  # (no number that the part depends on may be another)
         reads = [found for part, mine in zip(parts, told, strict=True) if mine and (found := _reads(part, args, out)) is not None]
-        return step._replace(kind=Kind.RULE, uses=told, reads=tuple(reads) if fixed and len(reads) == len(uses) else None)
+        return step._replace(uses=told, reads=tuple(reads) if fixed and len(reads) == len(uses) else None)
+
+    @staticmethod
+    def _within(step: Step) -> Step | None:
+        """An operation whose own are steps too."""
+        func = step.func
+        if func in COMPOSITES or func in REPEATED:
+            return step._replace(kind=Kind.COMPOSITE if func in COMPOSITES else Kind.REPEATED)
+        own = func not in RULES and isinstance(func, FunctionType) and _compat.body_of(func) is not None
+        return step._replace(kind=Kind.BODY) if own else None
 
 
 def _step(names: Names, func: Any, args: Any, kwargs: Any) -> Step:
@@ -354,6 +356,11 @@ def _reads(part: Any, args: Any, out: Any) -> tuple[int, ...] | None:
     places = {id(value): at for at, value in enumerate(args)}
     found = [places.get(id(t), -1) for t in (part.saved if kind is SumPart else (part.a,))]
     return None if -1 in found else tuple(found)
+
+
+def _lies_first(use: Use) -> bool:
+    """Whether a use under vmap, and what its block reads, lie beneath with the samples in front and nothing else moved."""
+    return use.order is None and not use.merged and (type(use.part) is OuterPart or (type(use.part) is SumPart and not use.part.saved))
 
 
 def _told_again(func: Any, kwargs: Any) -> bool:

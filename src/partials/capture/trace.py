@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from .._errors import listed
 from .._typing import Tensor
 from ..rules import Part
 from .layout import Layout
+
+NO_GRAPH = "f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero"
 
 
 @dataclass(slots=True, eq=False)
@@ -78,12 +80,10 @@ class Unplaced(Refused):
     """The cotangents of a use belong to no one sample, in no layout that its sizes allow."""
 
 
-def remarks(values: Tensor, expanded: Sequence[str]) -> list[str]:
-    """What a plan says of a run: operations without a rule, and an output without a graph."""
-    notes = [f"no rule, expanded: {listed(sorted(set(expanded)))}"] if expanded else []
-    if not values.requires_grad:
-        notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
-    return notes
+def without_rule(expanded: Iterable[str]) -> list[str]:
+    """What the plan says of operations whose parameters were expanded."""
+    found = sorted(set(expanded))
+    return [f"no rule, expanded: {listed(found)}"] if found else []
 
 
 def edge_of(t: Tensor) -> GradientEdge:
