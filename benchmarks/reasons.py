@@ -74,16 +74,19 @@ REASONS: dict[tuple[str, str], str] = {
         " it was, in processor time)."
     ),
     ("the whole call", ""): (
-        "Of 126 microseconds in a loop of such calls (a training step takes 42, torch's vmap(grad) 235) the forward takes 4, watching it"
-        " 21, the reverse pass to the two uses 18, their blocks 15, the random state 6, reading the call 6; the rest is the plan and the"
-        " objects of the result, some 270 calls of Python in all. Tried: layouts remembered by the course of a run (266 to 205), the call"
-        " read once and its run held against a script (to 134), the engine without its wrapper, sources and versions in one pass (to 126)."
+        "In a loop of such calls one takes 1.9 training steps (of 44 microseconds; torch's vmap(grad) takes 5.5): the forward 4, watching"
+        " it 10, the reverse pass to the two uses with its seed 14, their blocks 8, whether random numbers were drawn 8, reading the call"
+        " 8; the rest is the plan, the objects of the result and letting go of them, some 130 calls of Python in all. Beside other code,"
+        " as here, all of it is half as long again, since none of it is in the caches. Tried: layouts remembered by the course of a run"
+        " (266 to 205 microseconds), the call read once and its run held against a script (to 134), the engine without its wrapper (to"
+        " 126), steps that compare objects, blocks by remembered steps, the generator copied and not read (to 84)."
     ),
     ("overhead of one use", ""): (
-        "A torch function mode alone costs 1.4 microseconds for an operation, of which there are two for each use here; to name the"
-        " arguments takes 1, the rule and its part 2, the edge and the engine's copy of a cotangent 3, the block 4. Tried: runs held"
-        " against a script, without a search for parameters and samples and without the walk over the graph (44 and 29 to 18). Under vmap"
-        " runs are watched closely each time."
+        "A torch function mode alone costs 1 to 2 microseconds for the two operations that go with each use here; to compare what they took"
+        " with the script takes 3, the edge and what the block will read 2, the engine's copy of a cotangent 1 to 2, the block 2 to 4 (a"
+        " view takes one, and a weight with its bias has three); a step's weight gradients, which are left out, take 4 to 10. Tried: runs"
+        " held against a script, without a search for parameters and samples and without the walk over the graph (44 and 29 to 17), steps"
+        " that compare objects, blocks by remembered steps (to 11). Under vmap each operation is run by torch's batching besides."
     ),
     ('check="first"', ""): (
         "By profile: an ordinary call with its backward takes 1 to 1.3 steps (its memory is fresh), a second reverse pass 0.3 to 0.6,"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from ctypes import string_at
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import default_generator, is_grad_enabled, is_inference_mode_enabled, nn
 
-from ._compat import compiled_somewhere
+from ._compat import compiled_somewhere, rounded
 from ._modules import modules
 from ._typing import Tensor
 
@@ -23,18 +24,25 @@ Snapshot = list[tuple[nn.Module, str, Tensor | None, int, Tensor | None]]
 class Running(AbstractContextManager["Running"]):
     """Inside: gradients on, inference mode and autocast off (f runs in its own); afterwards `module`'s buffers are as they were.
 
-    Exceptions get `note` added. A class, and contexts that are entered only where they change something: it stands around every call.
+    Exceptions get a note of what was being done. A class, and contexts that are entered only where they change something: it stands around
+    every call.
     """
+
+    stack: ExitStack | None = None
 
     def __init__(self, note: str, module: nn.Module | None, *, twice: bool) -> None:
         self.note, self.module, self.twice = note, module, twice
 
     def __enter__(self) -> Self:
-        self.stack: ExitStack | None = None
+        if self.module is not None or self.twice or not ordinary():
+            self._enter()
+        return self
+
+    def _enter(self) -> None:
         contexts: list[AbstractContextManager[object]] = []
-        if torch.is_inference_mode_enabled():
+        if is_inference_mode_enabled():
             contexts.append(torch.inference_mode(False))
-        if contexts or not torch.is_grad_enabled():
+        if contexts or not is_grad_enabled():
             contexts.append(torch.enable_grad())
         if rounding():
             contexts.append(unrounded())
@@ -51,13 +59,23 @@ class Running(AbstractContextManager["Running"]):
                 for context in contexts:
                     stack.enter_context(context)
                 self.stack = stack.pop_all()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception) and self.note not in getattr(error, "__notes__", ()):
-            error.add_note(self.note)
+        if isinstance(error, Exception):
+            noted(error, self.note)
         if self.stack is not None:
             self.stack.__exit__(kind, error, trace)
+
+
+def noted(error: Exception, note: str) -> None:
+    """Add the note to the error, once."""
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def ordinary() -> bool:
+    """Whether f can be run as it is: gradients are on, inference mode and autocast off, and nothing was compiled."""
+    return is_grad_enabled() and not (is_inference_mode_enabled() or rounded() or compiled_somewhere())
 
 
 @contextmanager
@@ -89,32 +107,72 @@ def _snapshot(module: nn.Module) -> Snapshot:
 @contextmanager
 def rng_kept(device: torch.device) -> Iterator[None]:
     """The random state of the CPU and of `device` is the same afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    state = random_state(device)
+    try:
         yield
+    finally:
+        restore(state, device)
 
 
 RandomState = tuple[Tensor, ...]
-"""Of the CPU's generator, and of a CUDA device's."""
+"""Of the CPU's generator, and of an accelerator's."""
 
 
 def random_state(device: torch.device) -> RandomState:
-    """The state of the CPU's generator, and of `device`'s where it is a CUDA device."""
-    cpu = torch.default_generator.get_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+    """The state of the CPU's generator, and of `device`'s own where it has one."""
+    cpu = default_generator.get_state()
+    return (cpu, own.get_rng_state(*place(device))) if (own := _own_numbers(device)) else (cpu,)
+
+
+def _own_numbers(device: torch.device) -> Any:
+    """The module of torch that holds the generator of an accelerator; None of the CPU and of devices without one."""
+    if device.type in ("cpu", "meta"):
+        return None
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "get_rng_state") else None
+
+
+def place(device: torch.device) -> tuple[torch.device, ...]:
+    """What tells torch's module of an accelerator which one is meant: Apple's has one only, and takes nothing."""
+    return () if device.type == "mps" else (device,)
 
 
 def drawn_since(state: RandomState, device: torch.device) -> bool:
     """Whether random numbers were drawn since the state was taken."""
-    now = random_state(device)
-    return any(old.numpy().tobytes() != new.numpy().tobytes() for old, new in zip(state, now, strict=True))  # (half of torch.equal's time)
+    return any(_bytes(old) != _bytes(new) for old, new in zip(state, random_state(device), strict=True))  # (half of torch.equal's time)
+
+
+def _bytes(state: Tensor) -> bytes:
+    return string_at(state.data_ptr(), state.numel())
+
+
+Copies = tuple[torch.Generator, Tensor | None]
+
+
+def generators(device: torch.device) -> Copies:
+    """Copies of the CPU's generator, and of the state of `device`'s own where it has one: made in half the time of reading a state."""
+    own = _own_numbers(device)
+    return default_generator.clone_state(), own.get_rng_state(*place(device)) if own else None
+
+
+def unmoved(copies: Copies, device: torch.device) -> bool:
+    """Whether no random numbers were drawn since the copies were made."""
+    first, other = copies
+    if _bytes(default_generator.get_state()) != _bytes(first.get_state()):
+        return False
+    return other is None or _bytes(other) == _bytes(_own_numbers(device).get_rng_state(*place(device)))
+
+
+def put_back(copies: Copies, device: torch.device) -> None:
+    """The generators as the copies are."""
+    restore((copies[0].get_state(), *[other for other in copies[1:] if isinstance(other, Tensor)]), device)
 
 
 def restore(state: RandomState, device: torch.device) -> None:
     """The generators of the CPU and of `device` as `random_state` found them."""
     torch.set_rng_state(state[0])
     for other in state[1:]:
-        torch.cuda.set_rng_state(other, device)
+        _own_numbers(device).set_rng_state(other, *place(device))
 
 
 @contextmanager
@@ -154,7 +212,11 @@ Rounding = tuple[tuple[str, torch.dtype | None], ...]
 
 def rounding() -> Rounding:
     """The autocast that is on, with its dtypes."""
-    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)])
+    if not rounded():
+        return ()
+    card = torch.accelerator.current_accelerator()
+    kinds = ("cpu", "cuda") if card is None or card.type == "cuda" else ("cpu", "cuda", card.type)
+    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)])
 
 
 @contextmanager

@@ -275,14 +275,15 @@ def _mirrored(sides: list[tuple[Tensor, Members]]) -> Tensor:
     """The sum of the products of rows with themselves: from the diagonal on, and mirrored once they are added."""
     n, c = sides[0][0].shape[:2]
     rows = [g.flatten(0, 1) for g, _ in sides]
-    found = rows[0].new_empty(n, c, n, c)
+    dtype = reduce(torch.promote_types, [g.dtype for g in rows])
+    found = rows[0].new_empty(n, c, n, c, dtype=dtype)
     step = -(-strip_of(n * c) // max(1, c))
     for start in range(0, n, step):
         here, on = slice(start, start + step), slice(start, None)
         tile = found[here, :, on]
         for i, (_, members) in enumerate(sides):
-            met = torch.mm(rows[i][start * c : (start + step) * c], rows[i][start * c :].T).view(tile.shape)
-            alike = _alike(members, members, lambda a, b: a[here] @ b[on].T)[:, None, :, None].to(met.dtype)  # noqa: B023
+            met = torch.mm(rows[i][start * c : (start + step) * c], rows[i][start * c :].T).view(tile.shape).to(dtype)
+            alike = _alike(members, members, lambda a, b: a[here] @ b[on].T)[:, None, :, None].to(dtype)  # noqa: B023
             tile.addcmul_(met, alike) if i else torch.mul(met, alike, out=tile)
         found[here, :, :start] = found[:start, :, here].permute(2, 3, 0, 1)
     return found
