@@ -17,11 +17,11 @@ from torch.func import grad, vmap
 
 import partials as pt
 from benchmarks.cases import line
-from benchmarks.timing import paired
+from benchmarks.timing import paired, taken
 from partials._machine import describe, sentence
 
 Made = tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], nn.Module]
-DEPTHS = (1, 8, 16, 32, 64)
+DEPTHS, SWEEPS = (1, 8, 16, 32, 64), 5
 
 
 def main() -> None:
@@ -34,14 +34,19 @@ def main() -> None:
 
 
 def overheads(turns: int = 41) -> dict[str, float]:
-    """Seconds for each further layer of a deep network, in a call whose plan is known, less those of a training step."""
+    """Seconds for each further layer of a deep network, in a call whose plan is known, less those of a training step.
+
+    The median over several sweeps through the depths: a busy moment spoils the one that it hits.
+    """
     found = {}
     for what, (made, options) in KINDS.items():
-        times: dict[str, list[float]] = {"step": [], "capture": []}
-        for depth in DEPTHS:
-            for timing in paired(_candidates(made(depth), options), turns):
-                times[timing.name].append(timing.seconds)
-        found[what] = _slope(times["capture"]) - _slope(times["step"])
+        candidates = [_candidates(made(depth), options) for depth in DEPTHS]
+        slopes = []
+        for _ in range(SWEEPS):
+            times = [taken(its, turns // SWEEPS) for its in candidates]
+            of = {name: _slope([statistics.median(its[name]) for its in times]) for name in ("capture", "step")}
+            slopes.append(of["capture"] - of["step"])
+        found[what] = statistics.median(slopes)
     return found
 
 

@@ -112,7 +112,7 @@ def jacobian(
     problem = problem_of(
         f,
         inputs,
-        _keywords(kwargs, input_kwargs),
+        input_kwargs if kwargs is None else _keywords(kwargs, input_kwargs),
         params=params,
         wrt=wrt,
         in_dims=in_dims,
@@ -120,7 +120,7 @@ def jacobian(
         output=output,
         randomness=randomness,
         create_graph=create_graph,
-        budget=parse_bytes(max_memory),
+        budget=None if max_memory is None else parse_bytes(max_memory),
     )
     return _solve(problem, method, check)
 
@@ -188,7 +188,7 @@ def gradient(
     problem = _gradient_problem(
         f,
         inputs,
-        _keywords(kwargs, input_kwargs),
+        input_kwargs if kwargs is None else _keywords(kwargs, input_kwargs),
         loss,
         params=params,
         wrt=wrt,
@@ -197,7 +197,7 @@ def gradient(
         output=output,
         randomness=randomness,
         create_graph=create_graph,
-        budget=parse_bytes(max_memory),
+        budget=None if max_memory is None else parse_bytes(max_memory),
     )
     G = _solve(problem, method, check)
     if G.out not in ((), (1,)):

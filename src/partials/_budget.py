@@ -46,14 +46,13 @@ def solve(problem: Problem, method: str, policy: str) -> Any:
     if budget is not None:
         history, problem = problem.history, replace(problem, budget=None)
         problem.history = history
-    device = problem.targets[0].tensor.device
     if not problem.size:
         return _whole(problem, method, policy)
     if budget is not None:
         return _within(problem, method, policy, budget)
     found, failed = _held_whole(problem, method, policy)
     if failed:
-        found = _within(problem, method, policy, share(device), hold=False)
+        found = _within(problem, method, policy, share(problem.targets[0].tensor.device), hold=False)
         found.plan.notes.append(IN_PIECES + failed)
     return found
 
@@ -72,8 +71,9 @@ def _held_whole(problem: Problem, method: str, policy: str) -> tuple[Any, str]:
 def _whole(problem: Problem, method: str, policy: str) -> Any:
     computed, made = compute(problem, method)
     made.check = policy
-    found = wrap(problem, computed, made, Origin(check=lambda J, level: inspect(problem, made.method, level, J)))
-    verify(problem, found, policy, doubtful=computed.doubtful, course=computed.course, kept=computed.kept)
+    found = wrap(problem, computed, made, lambda J, level: inspect(problem, made.method, level, J))
+    if policy != "never" or computed.doubtful:
+        verify(problem, found, policy, doubtful=computed.doubtful, course=computed.course, kept=computed.kept)
     return found
 
 
@@ -281,7 +281,7 @@ class Again(Measured):
                     computed, made = compute(few, self.method)
             else:
                 computed, made = compute(few, self.method)
-        found = wrap(few, computed, made, Origin())
+        found = wrap(few, computed, made)
         for values in self.kept:
             self.snapshot.demand_same(values.reshape(*self.rows)[place.samples, place.outputs], found.values)
         if self.policy == "always":

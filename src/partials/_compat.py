@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,11 @@ except ImportError:  # pragma: no cover - a torch that moved it
 PRIVATE = _private is not None and not os.environ.get("PARTIALS_PUBLIC_ONLY")
 """Whether the private calls are there and not switched off (PARTIALS_PUBLIC_ONLY=1 switches them off)."""
 
+
+rounded: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True) if PRIVATE else lambda: True
+"""Whether autocast is on for some kind of device: True where nobody can say at once."""
+transform_now: Callable[[], int | None] = _private.maybe_current_level if PRIVATE else lambda: -1
+"""The number of the innermost running torch.func transform, None outside any, -1 where nobody can say."""
 
 PACK = getattr(torch, "_pack_padded_sequence", None)
 """What `pack_padded_sequence` calls; a mode sees no public name of it. Without it, a packed run is taken for one routed by data."""
@@ -141,12 +146,7 @@ def compiled_somewhere() -> bool:
     backends = getattr(dynamo, "cached_backends", None) if PRIVATE else None
     if backends is None:
         return "torch._dynamo" in sys.modules
-    return any(backend is not None for backend in backends.values())
-
-
-def transform_now() -> int | None:
-    """The number of the innermost running torch.func transform, None outside any, -1 where nobody can say."""
-    return _private.maybe_current_level() if PRIVATE else -1
+    return bool(backends) and any(backend is not None for backend in backends.values())
 
 
 def transforming() -> bool:

@@ -30,6 +30,8 @@ class Picker:
     chained: bool = False
 
     def __call__(self, returned: Any) -> Tensor:
+        if isinstance(returned, Tensor) and (self.chained or self.choice is None):
+            return returned
         if self.chained:
             return _tensor(returned, f"the loss of {self.function}")
         return _tensor(self.select(returned), self.function)

@@ -149,11 +149,11 @@ class Problem:
             returned = call_with(self.function, outside, args, kwargs, attached=self.create_graph)
             return (returned if loss is None else loss(self.picker.select(returned), wanted)), returned
 
-    @property
-    def samples(self) -> list[Tensor]:
-        """The arguments that hold samples, where none of them is differentiated."""
+    @cached_property
+    def sampled(self) -> tuple[int, ...]:
+        """Which of the leaves hold samples, where none of them is differentiated."""
         shared = {t.leaf for t in self.parameters}
-        return [leaf.tensor for leaf in self.leaves if leaf.dim is not None and leaf.name not in shared]
+        return tuple([at for at, leaf in enumerate(self.leaves) if leaf.dim is not None and leaf.name not in shared])
 
     def plainly(self) -> tuple[Any, Any]:
         """`raw` on the user's own tensors, nothing standing in for anything."""
@@ -196,7 +196,11 @@ class Problem:
     def running(self, doing: str) -> AbstractContextManager[object]:
         """Gradients on, inference mode off, the module's buffers as they were afterwards; f's own errors get a note."""
         module = None if self.history is not None and self.history.bufferless else self.module
-        return Running(f"partials was {doing} for {self.name} ({self.size} samples)", module, twice=self.create_graph)
+        return Running(self.told(doing), module, twice=self.create_graph)
+
+    def told(self, doing: str) -> str:
+        """What an error that came up meanwhile is to say."""
+        return f"partials was {doing} for {self.name} ({self.size} samples)"
 
 
 def normalise(

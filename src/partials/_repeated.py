@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
-from ._compat import has_hooks
+from ._compat import has_hooks, rounded
 from ._modules import modules
 from ._output import per_sample_loss
 from ._problem import Problem, normalise
@@ -28,8 +28,16 @@ from ._typing import Function, Tensor
 
 LIMIT, MISSES, PATIENCE = 256, 3, 4
 """Calls that are remembered of functions, and of one module; runs that may leave their script, and one more for so many that keep to it."""
-READ_ONCE = {"in_dims": 0, "batched": True, "create_graph": False}
-"""Options, all but names, that a call must have to be remembered."""
+USUAL = {
+    "wrt": None,
+    "in_dims": 0,
+    "batched": True,
+    "output": None,
+    "randomness": "error",
+    "create_graph": False,
+    "budget": None,
+}
+"""Options, but for `params`, where nothing is asked for."""
 
 
 @dataclass(eq=False)
@@ -43,8 +51,10 @@ class History:
     calls: int = 0
     kept: int = 0
     missed: int = 0
-    remarks: list[str] | None = None
-    """What a plan says of such a call, once it has been asked."""
+    form: Any = None
+    """The columns of a result, and what a plan says of such a call, once they have been asked for."""
+    plan: dict[str, Any] | None = None
+    """The attributes that plans of a capture have in common."""
     refused: dict[str, str] = field(default_factory=dict)
     """Methods that could not run, and why, where another one could."""
     doubtful: bool = False
@@ -142,12 +152,16 @@ class Known:
     def problem(self, f: Function, inputs: tuple[Any, ...], module: nn.Module | None) -> Problem:
         """The problem of a call of the same kind."""
         problem = object.__new__(Problem)
-        own = problem.__dict__
-        own |= self.attributes
+        problem.__dict__ = own = self.attributes.copy()
         own["function"], own["module"] = f, module
-        own["leaves"] = tuple([Leaf(name, argument, inputs[at], dim) for name, argument, at, dim in self.leaves])
+        leaves, targets = [], []  # (a comprehension is a call of a function)
+        for name, argument, at, dim in self.leaves:
+            leaves.append(Leaf(name, argument, inputs[at], dim))
+        own["leaves"] = leaves
         if self.tree is None:
-            own["targets"] = own["parameters"] = tuple([Target(name, inputs[at], "parameter", name) for name, at in self.targets])
+            for name, at in self.targets:
+                targets.append(Target(name, inputs[at], "parameter", name))
+            own["targets"] = own["parameters"] = tuple(targets)
         if "loss" in self.attributes["options"]:
             own["args"], own["loss_target"] = inputs[:-1], inputs[-1]
         else:
@@ -164,7 +178,9 @@ def problem_of(
     f: Function, inputs: tuple[Any, ...], keywords: dict[str, Any], *, loss: Callable[..., Any] | None = None, **asked: Any
 ) -> Problem:
     """The problem of a call: `normalise` of it, or what that gave for such a call before."""
-    key, root = _key(f, inputs, keywords, loss, asked), _root(f, asked.get("params"))
+    root: Any = f if isinstance(f, nn.Module) else asked.get("params")
+    root = root if isinstance(root, nn.Module) else None
+    key = _key(f, inputs, keywords, loss, asked, root)
     known = None
     if key is not None:
         with _LOCK:
@@ -186,22 +202,14 @@ def forget() -> None:
         _OF_MODULES.clear()
 
 
-def _root(f: Function, params: Any) -> nn.Module | None:
-    found = f if isinstance(f, nn.Module) else params
-    return found if isinstance(found, nn.Module) else None
-
-
-def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss: Any, asked: Mapping[str, Any]) -> Hashable | None:
+def _key(
+    f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss: Any, asked: Mapping[str, Any], root: nn.Module | None
+) -> Hashable | None:
     """What decides how a call is read, but for the module; None where that is more than is looked at here."""
-    wrt, params, output = asked.get("wrt"), asked.get("params"), asked.get("output")
-    for name, value in READ_ONCE.items():
-        given = asked.get(name, value)
-        if given is not value:
-            return None
-    randomness = asked.get("randomness", "error")
-    if randomness not in ("error", "same", "different"):  # (the masks of a "model" are those of the moment)
-        return None
-    if keywords or not (wrt is None or type(wrt) is str) or not (output is None or type(output) in (str, int)):
+    params: Any = asked.get("params")
+    options: tuple[Hashable, ...] = ()
+    usual = all(map(is_, map(asked.get, USUAL), USUAL.values()))
+    if keywords or not (usual or (options := _options(asked))):
         return None
     if isinstance(f, nn.Module):
         if params is not None and params is not f:
@@ -213,13 +221,12 @@ def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss
         code = None if hasattr(f, "__wrapped__") else f.__func__.__code__
     else:
         return None
-    root = _root(f, params)
     if root is not None and type(root).__hash__ is not object.__hash__:  # (equal modules need not be one module)
         return None
     if code is None or not (loss is None or type(loss) is type(len) or (type(loss) is FunctionType and not _holds(loss))):
         return None
     alone = params is None and not isinstance(f, nn.Module)
-    forms: list[Hashable] = [code, wrt, output, loss, params is None, asked.get("budget"), randomness, rounding()]
+    forms: list[Hashable] = [code, loss, params is None, options, rounding() if rounded() else ()]
     for t in inputs:
         kind = type(t)
         if kind is not Tensor and (kind is not nn.Parameter or not alone):
@@ -231,6 +238,18 @@ def _key(f: Function, inputs: tuple[Any, ...], keywords: Mapping[str, Any], loss
             return None
         forms += (t.shape, t.dtype, t.device, t.layout, needs)
     return tuple(forms) if len({*map(id, inputs)}) == len(inputs) else None
+
+
+def _options(asked: Mapping[str, Any]) -> tuple[Hashable, ...]:
+    """Options that decide how a call is read; nothing where it must be read each time."""
+    asked = {**USUAL, **asked}
+    wrt, output, randomness = asked["wrt"], asked["output"], asked["randomness"]
+    plain = (wrt is None or type(wrt) is str) and (output is None or type(output) in (str, int))
+    if not plain or any(asked[name] is not USUAL[name] for name in ("in_dims", "batched", "create_graph")):
+        return ()
+    if randomness not in ("error", "same", "different"):  # (the masks of a "model" are those of the moment)
+        return ()
+    return wrt, output, asked["budget"], randomness
 
 
 def _holds(function: FunctionType) -> bool:
@@ -250,7 +269,7 @@ def _remember(key: Hashable, root: nn.Module | None, problem: Problem, f: Functi
     if root is not None and not Tree.readable(root):
         return
     tree = None if root is None else Tree(root)
-    problem.shapes, problem.parameters  # noqa: B018 (asked for once, for all calls)
+    problem.shapes, problem.parameters, problem.sampled  # noqa: B018 (asked for once, for all calls)
     attributes = {**vars(problem), "function": None, "module": None, "args": (), "leaves": (), "loss_target": None}
     targets: tuple[tuple[str, int], ...] = ()
     if tree is None:

@@ -28,11 +28,15 @@ if TYPE_CHECKING:
     from .checks.report import Report
 
 
+Check = Callable[[Any, str], "Report"]
+"""From a Jacobian and a level to the report."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a Jacobian comes from: the problem it answers (as a closure that checks it) and what it must find unchanged."""
 
-    check: Callable[[Any, str], Report] | None = None
+    check: Check | None = None
     sources: tuple[tuple[str, Tensor, int], ...] = ()
     """Tensors that are read again by quantities, with the version they had."""
 

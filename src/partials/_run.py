@@ -22,8 +22,8 @@ from ._output import detached
 from ._plan import LARGE, Plan, TooLarge, Verdict, choose, human_bytes, known
 from ._probe import Facts, demand_policy, look
 from ._problem import Problem
-from ._rows import Origin
-from ._state import autocast, rng_kept, without_backward
+from ._rows import Check, Origin
+from ._state import autocast, noted, ordinary, rng_kept, without_backward
 from .methods import METHODS, Computed
 from .methods._composite import Composite
 
@@ -50,6 +50,9 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
 
     What could not run in earlier calls of the same kind is asked again now and then only.
     """
+    again = _again(problem) if method in ("auto", "capture") else None
+    if again is not None:
+        return again
     known(method, NAMES)
     refused: dict[str, str] = {}
     doubtful, history = False, problem.history
@@ -105,6 +108,23 @@ def compute(problem: Problem, method: str = "auto") -> tuple[Computed, Plan]:
                 refused[made.method] = f"f fails there ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 
+def _again(problem: Problem) -> tuple[Computed, Plan] | None:
+    """The answer and its plan, where an earlier run has shown how such a call goes."""
+    history, doing = problem.history, "capturing the uses of parameters"
+    if history is None or history.script is None:
+        return None
+    if history.bufferless and ordinary():
+        try:
+            computed = capture.replayed(problem)
+        except Exception as error:
+            noted(error, problem.told(doing))
+            raise
+    else:
+        with problem.running(doing):
+            computed = capture.replayed(problem)
+    return None if computed is None else (computed, _captured(problem, computed))
+
+
 def demand_second_pass(problem: Problem, method: str, error: Exception) -> None:
     """MethodError where an error says that f's graph allows a single reverse pass (a fused loss, a Function of the user's)."""
     if any(words in str(error) for words in ("backward called twice", "backward through the graph a second time")):
@@ -138,52 +158,65 @@ def _captured(problem: Problem, computed: Computed) -> Plan:
         facts = look(problem)
         return (capture.verdict(problem, facts, blocks), *_textbook(problem, facts))
 
-    return Plan(
+    history, outputs = problem.history, tuple(computed.values.shape[1:])
+    if history is not None and history.plan is not None:
+        made: Plan = object.__new__(Plan)  # (a constructor takes three times as long)
+        made.__dict__ |= history.plan | {"asked": ask, "outputs": outputs, "recorded": computed.uses, "notes": []}
+        return made
+    made = Plan(
         function=problem.name,
         method="capture",
         asked=ask,
         samples=problem.size,
-        outputs=tuple(computed.values.shape[1:]),
+        outputs=outputs,
         parameters=problem.shapes,
         dtype=str(problem.dtype).removeprefix("torch."),
         recorded=computed.uses,
     )
+    if history is not None:
+        history.plan = vars(made) | {"asked": (), "recorded": ()}
+    return made
 
 
-def wrap(problem: Problem, computed: Computed, made: Plan, origin: Origin) -> Jacobian | InputJacobian:
+def wrap(problem: Problem, computed: Computed, made: Plan, check: Check | None = None) -> Jacobian | InputJacobian:
     """The user's object: rows of parameters, of inputs, or of parameters with those of inputs beside them."""
     values = computed.values if problem.batched else computed.values.squeeze(0)
-    made.notes += [*computed.notes, *_remarks(problem)]
+    columns, remarks = (problem.history and problem.history.form) or _form(problem)
+    made.notes += [*computed.notes, *remarks]
     aux = None if problem.picker.choice is None else detached(computed.aux)
-    origin = Origin(origin.check, computed.sources)
-
-    def columns(kind: str) -> Columns:
-        shapes = {t.name: problem.shapes[t.name] for t in problem.targets if t.kind == kind} if problem.inputs else problem.shapes
-        return Columns(shapes, problem.aliases if kind == "parameter" else {})
-
-    inputs = None
+    origin, inputs = Origin(check, computed.sources), None
     if problem.inputs:
         blocks = {t.name: computed.blocks[t.name] for t in problem.inputs}
-        inputs = InputJacobian(values, blocks, columns("input"), made, problem.batched, problem.create_graph, aux, origin)
+        inputs = InputJacobian(
+            values,
+            blocks,
+            Columns({name: problem.shapes[name] for name in blocks}, {}),
+            made,
+            problem.batched,
+            problem.create_graph,
+            aux,
+            origin,
+        )
         if not problem.parameters:
             return inputs
     blocks = {t.name: computed.blocks[t.name] for t in problem.parameters} if problem.inputs else computed.blocks
-    leaves = {t.name: t.own for t in problem.parameters}
-    return Jacobian(values, blocks, columns("parameter"), made, problem.batched, problem.create_graph, aux, origin, inputs, leaves)
+    leaves = {}
+    for t in problem.parameters:
+        leaves[t.name] = t.own
+    return Jacobian(values, blocks, columns, made, problem.batched, problem.create_graph, aux, origin, inputs, leaves)
+
+
+def _form(problem: Problem) -> tuple[Columns, list[str]]:
+    """The columns of parameters, and what is to be said of such a call: asked for once for all calls alike."""
+    shapes = {t.name: problem.shapes[t.name] for t in problem.parameters} if problem.inputs else problem.shapes
+    form = Columns(shapes, problem.aliases), _remarks(problem)
+    if problem.history is not None:
+        problem.history.form = form
+    return form
 
 
 def _remarks(problem: Problem) -> list[str]:
     """What was left out of f, or is read in one of several ways."""
-    history = problem.history
-    if history is None:
-        return _remarked(problem)
-    if history.remarks is None:
-        history.remarks = _remarked(problem)
-    found: list[str] = history.remarks
-    return found
-
-
-def _remarked(problem: Problem) -> list[str]:
     notes = []
     if problem.module is not None and any(map(is_compiled, modules(problem.module))):
         notes.append("compiled modules were run uncompiled: compiled code shows no operations")

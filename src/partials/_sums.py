@@ -41,11 +41,15 @@ class Sums:
     def push(self, v: Sequence[Tensor]) -> Tensor:
         """J v of one vector, in the parts (p,) of the parameters: (N, C)."""
         rows, rest = self._laid_out if self._by_rows else ([], self)
-        found = [row.push(v) for row in rows]
+        total: Tensor | None = None
+        for row in rows:
+            total = row.push(v) if total is None else total.add_(row.push(v))
         if rest.blocks:
             parts = {name: v[self._places[name]].view(*group[0].shape, 1) for name, group in rest.blocks.items()}
-            found.append(rest.matmul(parts).squeeze(-1))
-        return sum_of(found)
+            found = rest.matmul(parts).squeeze(-1)
+            total = found if total is None else total + found
+        assert total is not None
+        return total
 
     def rmatmul(self, u: Tensor) -> Tensor:
         """J^T u: (N, C, k) -> (P, k), each parameter's part written to its place."""
@@ -171,6 +175,13 @@ class Sums:
 
     def _for(self, k: int) -> tuple[list[tuple[str, Block]], list[Members]]:
         """Of a product with k columns: the blocks that go through it alone, and those that share a cotangent."""
+        return self._for_one if k == 1 and not _formulas.asked("products") else self._sorted(k)
+
+    @cached_property
+    def _for_one(self) -> tuple[list[tuple[str, Block]], list[Members]]:
+        return self._sorted(1)
+
+    def _sorted(self, k: int) -> tuple[list[tuple[str, Block]], list[Members]]:
         together = [members for members in self._together if all(block.through(k) for _, block in members)]
         shared = {id(block) for members in together for _, block in members}
         return [(name, block) for name, group in self.blocks.items() for block in group if id(block) not in shared], together

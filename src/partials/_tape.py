@@ -11,7 +11,6 @@ from ._errors import CheckError, InputError, MethodError
 from ._jacobian import Jacobian
 from ._plan import Plan, Verdict
 from ._problem import normalise
-from ._rows import Origin
 from ._run import wrap
 from ._typing import Tensor
 from .capture.engine import parameters, solve
@@ -93,7 +92,7 @@ class tape:
         plan = Plan(
             "a tape", "capture", (verdict,), len(r), tuple(r.shape[1:]), shapes, str(r.dtype).removeprefix("torch."), recorded=computed.uses
         )
-        J: Any = wrap(problem, computed, plan, Origin())
+        J: Any = wrap(problem, computed, plan)
         if check != "never":
             self._compare(J, r)
         return J

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from typing import Any
 
 import pytest
@@ -138,6 +139,71 @@ def recurrent_layers_of_other_lengths():
     model = Net()
     for n, t in ((4, 4), (4, 2), (2, 4), (1, 3), (4, 4)):
         yield Call(model, (torch.randn(n, t, 3),))
+
+
+@case
+def recurrent_layers_that_come_again():
+    class Net(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.rnn, self.head, self.way = kind(3, 4, num_layers=2, batch_first=True), nn.Linear(4, 2), "as usual"
+
+        def forward(self, x):
+            if self.way == "started by data":
+                state = x[:, 0, :1].expand(2, -1, -1).repeat(1, 1, 4)
+                return self.head(self.rnn(x, (state, state) if isinstance(self.rnn, nn.LSTM) else state)[0][:, -1])
+            out, _ = self.rnn(x.flip(1) if self.way == "backwards" else x)
+            return self.head(out.detach() if self.way == "cut" else out)[:, -1]
+
+    for kind in (nn.LSTM, nn.GRU, nn.RNN):
+        model = Net(kind)
+        for model.way in (*["as usual"] * 4, "backwards", "as usual", "started by data", "as usual", "cut", *["as usual"] * 3):
+            yield Call(model, (torch.randn(N, N, 3),))
+
+
+@case
+def attention_that_comes_again():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.places, self.head = nn.Embedding(11, 6), nn.Embedding(9, 6), nn.Linear(6, 2)
+            self.layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, dropout=0.0)
+            self.causal, self.first, self.written = False, 0, False
+
+        def forward(self, x):
+            t = x.shape[1]
+            places = torch.arange(self.first, self.first + t)
+            h = self.tokens(x) + self.places(places.repeat(len(x), 1) if self.written else places)
+            mask = nn.Transformer.generate_square_subsequent_mask(t) if self.causal else None
+            return self.head(self.layer(h, src_mask=mask, is_causal=self.causal)[:, -1])
+
+    model = Net()
+    usual, shifted = (False, 0, False), (False, 3, False)
+    for way in (*[usual] * 4, (True, 0, False), usual, shifted, (True, 0, True), (True, 0, True), (True, 3, True), (True, 0, True), usual):
+        model.causal, model.first, model.written = way
+        yield Call(model, (torch.randint(11, (N, N)),))
+
+
+@case
+def parts_of_the_parameters():
+    model, x = mlp(), torch.randn(N, 3)
+    for wrt in ("0.weight", "2.*", "*.bias", "0.weight", "2.*"):
+        for _ in range(4):
+            wanted = [p for name, p in model.named_parameters() if fnmatch(name, wrt)]
+            yield Call(model, (x.normal_(),), {"wrt": wrt}, wanted)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(-1.5)
+
+
+@case
+def samples_run_apart():
+    """Under vmap, whatever f does not draw."""
+    ways = (lambda m, x: m.b(m.a(x).tanh()), lambda m, x: m.b(m.a(x.flip(1)).sin()), lambda m, x: m.b(m.a(x).tanh().detach()))
+    model = Switched(*ways)
+    for model.way in (0, 0, 0, 0, 1, 0, 2, 0, 0, 1, 1, 1, 2, 2, 2):
+        for policy in ("different", "same"):
+            yield Call(model, (torch.randn(N, 3),), {"randomness": policy})
 
 
 @case

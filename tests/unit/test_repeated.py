@@ -13,6 +13,7 @@ from torch import nn
 import partials as pt
 from partials import _repeated
 from partials.capture.script import NAME, Names
+from partials.rules import RULES, SumPart
 
 N = 6
 
@@ -102,6 +103,12 @@ KEPT = {
     "a token for every sample": lambda self, x: self.last(torch.stack([self.first(x), self.scale.expand(len(x), 4)], 1)).sin().sum(1),
     "positions": lambda self, x: self.last(torch.tanh(self.first(x)[:, None] + rows_of(self.first.weight.T, torch.arange(3)))).sum(1),
     "types": lambda self, x: self.last(torch.tanh(self.first(x) + rows_of(self.first.weight.T, torch.ones(1).long().expand(len(x))))),
+    "positions written out": lambda self, x: self.last(
+        torch.tanh(self.first(x)[:, None] + rows_of(self.first.weight.T, torch.arange(3).repeat(len(x), 1)))
+    ).sum(1),
+    "other numbers of a sum": lambda self, x: self.last(torch.add(self.first(x), self.scale, alpha=1.0 + self.turn)),
+    "keywords and constants": lambda self, x: self.last(torch.add(input=self.first(x), other=torch.full((4,), 2.0, dtype=x.dtype))),
+    "frozen in part": lambda self, x: nn.functional.linear(torch.tanh(self.first(x)), self.last.weight.detach(), self.last.bias),
     "parameters unused": lambda self, x: self.first(x).sum(1, keepdim=True),
 }
 
@@ -166,6 +173,14 @@ def _data_unseen(self, x):
     return self.last(self.first(x) + self.scale * other)
 
 
+def _input_written_unseen(self, x):
+    x = self.first(x).detach()  # (what f is given must stay as it is)
+    if self.turn:
+        with torch._C.DisableTorchFunction():
+            x.mul_(self.scale)
+    return self.last(x)
+
+
 def _detached(self, x):
     h = self.first(x)
     return self.last(h.detach() if self.turn else h)
@@ -204,6 +219,9 @@ CHANGES = {
     "a token, or none": lambda self, x: self.last(
         torch.stack([self.first(x), (self.scale if self.turn else self.first.bias).expand(len(x), 4)], 1)
     ).sum(1),
+    "positions that differ": lambda self, x: self.last(
+        torch.tanh(self.first(x)[:, None] + rows_of(self.first.weight.T, torch.arange(2).repeat_interleave(2)[[0, self.turn + 1]]))
+    ).sum(1),
     "an index that repeats": lambda self, x: self.last(
         torch.tanh(self.first(x) + rows_of(self.first.weight.T, (torch.ones(1) if self.turn else torch.ones(len(x))).long().expand(len(x))))
     ),
@@ -220,6 +238,7 @@ CHANGES = {
     "a hidden use at the end": lambda self, x: (lambda h: Hidden.apply(h, self.last.bias) if self.turn else h)(self.last(self.first(x))),
     "no formula, without grad": _expanded_without_grad,
     "data that nobody saw": _data_unseen,
+    "a write to what has no gradient": _input_written_unseen,
     "detached": _detached,
     "without grad": _without_grad,
     "under vmap": _vmapped,
@@ -410,6 +429,81 @@ def test_random_numbers_in_a_later_run_are_refused_seen_or_not():
         pt.jacobian(net, x_of(), check="never")
 
 
+def test_numbers_that_the_user_draws_between_calls_are_no_reason_to_look_again():
+    net = Net(usual)
+    for seed in range(6):
+        before = torch.randn(1), torch.get_rng_state()
+        assert same(pt.jacobian(net, x_of(seed), check="never"), net, x_of(seed), list(net.parameters()))
+        assert torch.equal(before[1], torch.get_rng_state())
+    assert histories(net)[0].kept == 4
+
+
+def test_a_run_that_leaves_its_script_draws_what_it_would_have_drawn():
+    net, drawn = Net(_noise), []
+    for turn in (0, 0, 0, 0, 1):
+        net.turn, state = turn, torch.get_rng_state()
+        try:
+            pt.jacobian(net, x_of(), check="never")
+        except pt.RandomnessError:
+            drawn.append(torch.equal(state, torch.get_rng_state()))
+        torch.randn(3)
+    assert drawn == [True]
+
+
+def test_a_given_tensor_that_was_written_to_unseen_is_another():
+    def f(x, y, w, v):
+        if turn:
+            with torch._C.DisableTorchFunction():
+                y.copy_(v)
+        return (x * w + y).sum(1)
+
+    w, v = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for turn in (0, 0, 0, 0, 1):
+        J = pt.jacobian(f, x_of(0), x_of(1), w, v, check="never")
+        torch.testing.assert_close(J["w"], x_of(0))
+        torch.testing.assert_close(J["v"], torch.full((N, 3), float(turn), dtype=torch.float64))
+
+
+def test_a_constant_of_another_dtype_is_another():
+    def f(x, w):
+        return (x * torch.ones(3, dtype=kind) * w).sum(1)
+
+    def g(x, w):
+        return (x * held * w).sum(1)
+
+    w = torch.randn(3, requires_grad=True)
+    for function in (f, g):
+        for kind in (torch.float32,) * 4 + (torch.float64,) * 4 + (torch.float32,):
+            held = torch.ones(3, dtype=kind)
+            J = pt.jacobian(function, x_of().float(), w, check="never")
+            assert J.values.dtype is kind and J["w"].dtype is torch.float32
+            torch.testing.assert_close(J["w"], x_of().float())
+
+
+def test_a_rule_that_reads_a_number_reads_it_each_time(monkeypatch):
+    def lerp(input, end, weight):
+        yield SumPart(end, scale=weight)
+
+    def f(x, w):
+        return torch.lerp(x, w, weight).sum(1)
+
+    monkeypatch.setitem(RULES, torch.lerp, lerp)
+    w = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    for weight in (0.5, 0.5, 0.25, 0.75, 0.5):
+        J = pt.jacobian(f, x_of(), w, check="never")
+        torch.testing.assert_close(J["w"], torch.full((N, 3), weight, dtype=torch.float64))
+    assert histories()[0].kept == 3
+
+
+def test_the_plan_of_a_run_that_kept_to_its_script_says_what_that_of_the_first_said():
+    net = Net(lambda self, x: self.last(torch.tanh(self.first(x)) * self.scale + nn.functional.linear(x, self.first.weight * 2)))
+    plans = [pt.jacobian(net, x_of(seed), check="never").plan for seed in range(4)]
+    assert histories(net)[0].kept == 2
+    assert plans[3].to_dict() == plans[0].to_dict() and str(plans[3]) == str(plans[0]) and len(plans[3].uses) == 6
+    plans[3].notes.append("of this call alone")
+    assert not pt.jacobian(net, x_of(), check="never").plan.notes
+
+
 def test_a_write_after_the_use_is_told_as_in_a_first_call():
     def run(self, x):
         h = self.first(x)
@@ -476,11 +570,11 @@ def test_a_run_with_a_tensor_of_unknown_history_is_not_written_down():
 
 def test_a_flag_is_no_number():
     names = Names([])
-    assert names.call(torch.std, (1,), {}) == names.call(torch.std, (1,), {}) != names.call(torch.std, (True,), {})
-    assert names.call(torch.sum, ([0, 1],), {}) != names.call(torch.sum, ([0], 1), {})
-    assert names.call(torch.clamp, (0.5,), {}) == names.call(torch.clamp, (0.25,), {})
-    assert names.call(torch.dropout, (0.5,), {}) != names.call(torch.dropout, (0.25,), {})
-    assert names.call(torch.sum, ({},), {}) != names.call(torch.sum, ({},), {})
+    assert names.words(torch.std, (1,), {}) == names.words(torch.std, (1,), {}) != names.words(torch.std, (True,), {})
+    assert names.words(torch.sum, ([0, 1],), {}) != names.words(torch.sum, ([0], 1), {})
+    assert names.words(torch.clamp, (0.5,), {}) == names.words(torch.clamp, (0.25,), {})
+    assert names.words(torch.dropout, (0.5,), {}) != names.words(torch.dropout, (0.25,), {})
+    assert names.words(torch.sum, ({},), {}) != names.words(torch.sum, ({},), {})
 
 
 def test_modules_that_are_equal_are_not_one():

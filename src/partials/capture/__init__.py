@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .replay import replayed
 from .trial import attempt, preview, verdict
 
-__all__ = ["attempt", "preview", "verdict"]
+__all__ = ["attempt", "preview", "replayed", "verdict"]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from math import prod
+from typing import Any
+
+import torch
 
 from .. import _formulas
 from .._formulas import Costs
 from .._plan import Use as Line
 from .._typing import Tensor
-from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, Part
+from ..rules import ConvPart, ExpandedPart, GatherPart, OuterPart, Part, SumPart, data_of
+from .build import READ_AGAIN
 from .layout import Layout
 from .trace import Use
 
@@ -36,6 +42,24 @@ def described(
         for use, place in zip(uses, places, strict=True)
         for form, costs in [formula(use.part, prod(use.shape) // max(size, 1), size)]
     )
+
+
+def formless(t: Tensor) -> Tensor:
+    """What the tensor is like, without its values."""
+    return torch.empty_like(t, device="meta", requires_grad=False)
+
+
+def sizes_of(use: Use, parameter: Tensor) -> Use:
+    """The use as `described` sees it, without its tensors: what they and its `parameter` are like."""
+    saved = tuple([(formless(t), version) for t, version in use.saved]) if type(use.part) in READ_AGAIN else ()
+    part: Any = copy(use.part)
+    kind: Any = type(part)
+    part.parameter = parameter
+    for name in data_of(kind):
+        setattr(part, name, None)
+    if isinstance(part, SumPart):
+        part.times = None  # (it may hold more)
+    return replace(use, part=part, saved=saved)
 
 
 def held(use: Use) -> int:

@@ -10,7 +10,7 @@ from torch.func import vmap as torch_vmap
 
 from .. import _compat
 from .._blocks import Block, Dense
-from .._errors import PartialsError, listed
+from .._errors import PartialsError
 from .._machine import out_of_memory
 from .._output import check_output
 from .._problem import Problem
@@ -19,7 +19,7 @@ from .._typing import Tensor
 from ..methods._base import Computed
 from ..methods._complete import stood_in_for
 from . import layout as layouts
-from .build import READ_AGAIN, block_of, canonical, carried_to, features, release
+from .build import READ_AGAIN, block_of, canonical, carried_to, features, merged, release, zero
 from .course import digest, form
 from .describe import described, held
 from .known import LAYOUTS
@@ -27,7 +27,7 @@ from .layout import Layout, spilt
 from .recorder import Recorder
 from .reverse import cotangents, single, weighted
 from .tape import TapeRecorder
-from .trace import Refused, Trace, Unplaced, Use
+from .trace import NO_GRAPH, Refused, Trace, Unplaced, Use, without_rule
 from .walk import demand_complete
 
 
@@ -141,7 +141,8 @@ def solve(problem: Problem, run: Run, runner: str) -> Computed:
         return digest(entries), digest(entries, fine=True)
 
     if lasting and trace.draft is not None:
-        problem.history.script = trace.draft.script(trace, runner, measured, sum(map(held, trace.uses)), course())
+        wanted, needed = parameters(problem, tensors), sum(map(held, trace.uses))
+        problem.history.script = trace.draft.script(trace, runner, values, wanted, measured, needed, course())
     return answer(problem, run, runner, measured, course)
 
 
@@ -160,7 +161,7 @@ def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | 
         if outputs == 1
         else cotangents(values, edges, create_graph=problem.create_graph, one_by_one=trace.one_by_one)
     )
-    found = _unfolded(trace, found, 0 if outputs == 1 else 1)
+    found = unfolded(trace.folded, found, 0 if outputs == 1 else 1)
     for use, placed in zip(uses, measured, strict=True):
         if placed is None and found[use.slot] is not None:  # a use that led nowhere when layouts were remembered
             measured, _ = _layouts(problem, values, trace, anew=True)
@@ -168,9 +169,9 @@ def answer(problem: Problem, run: Run, runner: str, measured: Sequence[Layout | 
     blocks = _blocks(problem, uses, wanted, measured, found, outputs)
     for target, g in zip(problem.inputs, found[len(trace.edges) :], strict=True):
         blocks[target.name] = (_input_block(problem, target, g, outputs),)
-    notes = [f"no rule, expanded: {listed(sorted(set(trace.expanded)))}"] if trace.expanded else []
+    notes = without_rule(trace.expanded)
     if not values.requires_grad:
-        notes.append("f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero")
+        notes.append(NO_GRAPH)
     read = [use for use in uses if type(use.part) in READ_AGAIN]
     sources = [(f"an input of {use.operation}", t, version) for use in read for t, version in use.saved]
     for use in uses:
@@ -212,17 +213,7 @@ def _blocks(
         else:
             for name, carried in carried_to(use, block, wanted, attached=problem.create_graph).items():
                 groups[name].append(carried)
-    return {name: tuple(merged(group)) or (_zero(wanted[name], size, outputs),) for name, group in groups.items()}
-
-
-def merged(group: list[Block]) -> list[Block]:
-    """Dense blocks of one parameter are one dense block."""
-    if len(group) < 2:
-        return group
-    dense = [b for b in group if type(b) is Dense]
-    if len(dense) < 2:
-        return group
-    return [*(b for b in group if type(b) is not Dense), Dense(sum((b.values for b in dense[1:]), dense[0].values))]
+    return {name: tuple(merged(group)) or (zero(wanted[name], size, outputs),) for name, group in groups.items()}
 
 
 def _layouts(problem: Problem, values: Tensor, trace: Trace, *, anew: bool = False) -> tuple[list[Layout | None], bool]:
@@ -258,8 +249,8 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], trace: Trace, wi
     generator = torch.Generator(device=values.device).manual_seed(n)
     seeds = torch.randn(values.shape, generator=generator, dtype=values.dtype, device=values.device)
     weights = 1 + torch.arange(n, dtype=torch.float64, device=values.device) / n
-    first = _unfolded(trace, weighted(values, trace.edges, seeds))
-    second = _unfolded(trace, weighted(values, trace.edges, seeds * weights.to(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))))
+    first = unfolded(trace.folded, weighted(values, trace.edges, seeds))
+    second = unfolded(trace.folded, weighted(values, trace.edges, seeds * weights.to(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))))
     found: list[Layout | None] = []
     proved = True
     for use in uses:
@@ -278,12 +269,12 @@ def _measure(problem: Problem, values: Tensor, uses: list[Use], trace: Trace, wi
     return found, proved
 
 
-def _unfolded(trace: Trace, found: Sequence[Tensor | None], lead: int = 0) -> Sequence[Tensor | None]:
+def unfolded(folded: Mapping[int, torch.Size], found: Sequence[Tensor | None], lead: int = 0) -> Sequence[Tensor | None]:
     """The cotangents of a reverse pass in the shapes of what f saw, behind the first `lead` dimensions."""
-    if not trace.folded:
+    if not folded:
         return found
     seen = list(found)
-    for slot, shape in trace.folded.items():
+    for slot, shape in folded.items():
         g = seen[slot]
         seen[slot] = None if g is None else g.reshape(*g.shape[:lead], *shape)
     return seen
@@ -305,9 +296,3 @@ def _input_block(problem: Problem, target: Any, g: Tensor | None, outputs: int) 
     if outputs == 1:
         g = g.unsqueeze(0)
     return Dense(g.movedim(1 + problem.dim_of(target), 0) if problem.batched else g.unsqueeze(0))
-
-
-def _zero(parameter: Tensor, n: int, outputs: int) -> Block:
-    return Dense(
-        parameter.detach().new_zeros(1).expand(n, outputs, *parameter.shape) if parameter.ndim else parameter.detach().new_zeros(n, outputs)
-    )

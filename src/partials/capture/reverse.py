@@ -16,7 +16,7 @@ SEEDS_AT_ONCE = 10
 
 def single(values: Tensor, edges: Sequence[Any], *, create_graph: bool) -> Sequence[Tensor | None]:
     """The same for one output per sample: (*edge shape), without the dimension C."""
-    if not values.requires_grad or not edges or not len(values):
+    if not values.requires_grad or not edges or not values.shape[0]:
         return [None] * len(edges)
     return reverse(values, torch.ones_like(values), edges, create_graph=create_graph)
 

@@ -9,22 +9,25 @@ operation of torch's own on named tensors, whose graph leads to its arguments an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from itertools import islice
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import _compat
 from .._signature import tensors_in, walk
 from .._typing import Tensor
-from ..rules import COMPOSITES, REPEATED, RULES, ExpandedPart
+from ..rules import COMPOSITES, REPEATED, RULES, ExpandedPart, OuterPart, SumPart
 from ..rules._scan import recurrent_product
 from ..rules.elementwise import ENTRY_BY_ENTRY
+from .build import READ_AGAIN, Quick, quickly
 from .course import Lengths
+from .describe import formless, sizes_of
 from .layout import Layout
 from .recorder import Recorder
 from .routes import EXPANDS, Constant, writes
@@ -34,15 +37,14 @@ NAME = "_partials_step"
 _RUNS = itertools.count(1)
 SPAN = 2**32
 _OF_TORCH = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, MethodWrapperType, GetSetDescriptorType)
-_OWN = ("torch.", f"{recurrent_product.__module__}")
+_OWN = ("torch.", recurrent_product.__module__)
 _TRUE, _FALSE = (bool, True), (bool, False)  # (True == 1, but a sum over dimension 1 is no sum with keepdim)
 _AS_THEY_ARE = frozenset({int, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
 class Kind(Enum):
-    """How an operation is run that is no plain one: see `replay`."""
+    """How an operation is run that is neither a plain one nor a use by its rule: see `replay`."""
 
-    RULE = "a use, by its rule"
     EXPANDED = "a use, of parameters that are expanded before it"
     WIDENED = "a use, which expands the parameter itself"
     ONCE = "of parameters alone, and not the same for every sample"
@@ -51,16 +53,44 @@ class Kind(Enum):
     COMPOSITE = "expressed in others, which are steps too"
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One operation: what it was called with, and how it is run."""
+class Step(NamedTuple):
+    """One operation: what it was called with, and whether it is a use."""
 
-    call: list[Any]
-    kind: Kind | None = None
+    func: Any
+    length: int
+    """Number of positional arguments."""
+    named: tuple[tuple[int, int], ...]
+    """(place, name) of the arguments with a name."""
+    usual: tuple[tuple[int, Any], ...]
+    """(place, argument) of those that the very same object says all of."""
+    others: tuple[int, ...]
+    """Places of the arguments without a name."""
+    words: list[Any]
+    """For these, and for keywords."""
+    worded: bool
+    """Whether words must be compared in any case."""
     uses: tuple[bool, ...] = ()
-    """Of what the operation's rule says, or of its tensors where it has none: which concerns a wanted parameter."""
+    """Of what the operation's rule says, which concerns a wanted parameter; of its tensors, which are expanded; () where it is no use."""
+    reads: tuple[tuple[int, ...], ...] | None = None
+    """Of each use: which arguments its block is made from; None where the rule must be asked each time."""
+    kind: Kind | None = None
     shapes: tuple[tuple[int, ...], ...] = ()
     """Of expanded parameters."""
+
+
+class Told(NamedTuple):
+    """What a script says of one use."""
+
+    slot: int
+    name: str | None
+    """Of the parameter; None where the tensor was computed from parameters."""
+    layout: Layout
+    quick: Quick | None
+    """How the block is made; None where that takes the use itself."""
+    again: str
+    """What the block reads again, "" where nothing."""
+    sizes: Use
+    """The use without its tensors: what they were like."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,58 +100,57 @@ class Script:
     runner: str
     """native or vmapped."""
     steps: tuple[Step, ...]
-    output: Hashable
-    layouts: tuple[Layout, ...]
-    """Of the uses."""
+    uses: tuple[Told, ...]
+    output: int
+    outputs: int
+    """Of each sample."""
+    wanted: dict[str, Tensor]
+    """What the parameters are like: no values."""
     needed: int
     """Bytes that the factors of one output take."""
     course: tuple[int, int]
     """Numbers for what f did (see `Computed.course`)."""
-    answers: tuple[bool, ...] = ()
+    answers: tuple[bool, ...]
     """What composites were told of their arguments: whether they depend on the samples."""
-    expanded: tuple[str, ...] = ()
+    expanded: tuple[str, ...]
     """Operations without a rule."""
 
 
 class Names:
-    """Names for the tensors of one run: those given, results in order; others go by their shape.
+    """Names for the tensors of one run: 1, 2, ... for results in order, -1, -2, ... for those given; others go by their form.
 
     A result carries its number as an attribute. Its graph node is kept as well, since a tensor that was written to unseen has another.
     """
 
-    __slots__ = ("given", "history", "lost", "nodes", "origin")
+    history: Callable[[Any], Any] = attrgetter("grad_fn")
+    """A tensor's graph node."""
+    places: dict[int, int] | None = None
+    lost = False
+    """Whether a tensor was met whose history no operation showed."""
 
-    def __init__(self, given: Iterable[Tensor], *, mapped: bool = False) -> None:
-        self.origin = next(_RUNS) * SPAN
-        self.history: Callable[[Any], Any] = _compat.node_beneath if mapped else attrgetter("grad_fn")
-        """A tensor's graph node."""
-        self.given = {id(t): -1 - i for i, t in enumerate(given)}
-        self.nodes: list[Any] = [None]
-        self.lost = False
-        """Whether a tensor was met whose history no operation showed."""
+    def __init__(self, given: Sequence[Tensor], *, mapped: bool = False) -> None:
+        self.origin, self.nodes = next(_RUNS) * SPAN, list[Any]((None,))
+        self.given = given[::-1]  # (so that the names are its indices)
+        if mapped:
+            self.history = _compat.node_beneath
 
-    def of(self, t: Tensor) -> Hashable:
-        """The name of a tensor; one that equals nothing where it has a history that no operation showed."""
+    def of(self, t: Tensor) -> int:
+        """The name of a tensor, 0 of one without."""
         number: int = getattr(t, NAME, 0) - self.origin
         if 0 < number < SPAN:
             if self.history(t) is self.nodes[number]:
                 return number
-        elif (found := self.given.get(id(t))) is not None:
-            return found
         elif self.history(t) is None:
-            return t.shape if not _compat.transform_of(t) else (t.shape, "of each sample")
+            if self.places is None:
+                self.places = {id(t): -i for i, t in enumerate(reversed(self.given), 1)}
+            return self.places.get(id(t), 0)
         self.lost = True
-        return object()
+        return 0
 
-    def call(self, func: Any, args: Any, kwargs: Any) -> list[Any]:
-        """A call as a list that can be compared."""
-        words: list[Any] = [func]
-        origin, nodes, history = self.origin, self.nodes, self.history
-        for value in args:
-            if isinstance(value, Tensor) and 0 < (number := getattr(value, NAME, 0) - origin) < SPAN and history(value) is nodes[number]:
-                words.append(number)  # (most arguments are, and need no more)
-            else:
-                self._add(words, (value,), func)
+    def words(self, func: Any, values: Iterable[Any], kwargs: Any) -> list[Any]:
+        """Arguments as a list that can be compared; a tensor equals nothing where it has a history that no operation showed."""
+        words: list[Any] = []
+        self._add(words, values, func)
         if kwargs:
             words += kwargs
             self._add(words, kwargs.values(), func)
@@ -131,7 +160,9 @@ class Names:
         for value in values:
             kind: Any = type(value)
             if isinstance(value, Tensor):
-                words.append(self.of(value))
+                name = self.of(value)
+                form = value.shape, value.dtype, _compat.transform_of(value)
+                words.append((Tensor, name) if name else object() if self.lost else form)
             elif kind is float or kind is int:
                 words.append(kind if func in ENTRY_BY_ENTRY else value if kind is int else (float, value))
             elif kind in _AS_THEY_ARE:
@@ -144,9 +175,9 @@ class Names:
                 self._add(words, (value.start, value.stop, value.step), func)
             elif kind is bool:
                 words.append(_TRUE if value else _FALSE)
-            elif is_dataclass(value):
+            elif is_dataclass(kind) and kind.__module__.startswith(_OWN):
                 words.append(kind)
-                self._add(words, vars(value).values(), func)
+                self._add(words, [getattr(value, each.name) for each in fields(kind)], func)
             else:
                 words.append(value if value is ... else object() if isinstance(value, Mapping) else Same(value))
 
@@ -189,19 +220,45 @@ class Draft:
     """Whether a later run can be held against it."""
     steps: list[Step | None] = field(default_factory=list)
     answers: list[bool] = field(default_factory=list)
-    output: Hashable = None
+    output: int = 0
     """The name of what f has returned."""
 
-    def script(self, trace: Trace, runner: str, layouts: Sequence[Layout | None], needed: int, course: tuple[int, int]) -> Script | None:
+    def script(
+        self,
+        trace: Trace,
+        runner: str,
+        values: Tensor,
+        wanted: Mapping[str, Tensor],
+        layouts: Sequence[Layout | None],
+        needed: int,
+        course: tuple[int, int],
+    ) -> Script | None:
         """The script of the run that is over, where all of it can be told again."""
         placed = tuple([p for p in layouts if p is not None and p.owned is None])
         by_values = trace.routed or any(isinstance(entry, Constant | Lengths) for entry in trace.course)
         strange = by_values or trace.nested or trace.one_by_one or len(placed) < len(layouts)
-        output = self.output
-        if not self.plain or strange or not trace.uses or not isinstance(output, int) or output < 0:
+        if not self.plain or strange or not trace.uses or self.output < 1:
             return None
-        steps = tuple([step for step in self.steps if step is not None])
-        return Script(runner, steps, output, placed, needed, course, tuple(self.answers), tuple(trace.expanded))
+        names, n, outputs = {id(t): name for name, t in wanted.items()}, len(values), values.shape[1:].numel()
+        forms = {name: formless(t) for name, t in wanted.items()}
+        uses = zip(trace.uses, placed, strict=True)
+        steps, told = [], []
+        for step in self.steps:
+            if step is not None:
+                mine = []
+                for use, layout in islice(uses, sum(step.uses)):
+                    name = names.get(id(use.part.parameter))
+                    known = step.reads is not None and name is not None and outputs == 1 and (runner == "native" or _lies_first(use))
+                    quick = quickly(use.part, torch.Size(use.shape), layout, n) if known else None
+                    form = formless(use.part.parameter) if name is None else forms[name]
+                    again = f"an input of {use.operation}" if type(use.part) in READ_AGAIN else ""
+                    mine.append(Told(use.slot, name, layout, quick, again, sizes_of(use, form)))
+                if any(use.quick is None for use in mine):
+                    step, mine = step._replace(reads=None), [use._replace(quick=None) for use in mine]
+                steps.append(step)
+                told += mine
+        found = tuple(steps), tuple(told), self.output, outputs, forms, needed, course
+        return Script(runner, *found, tuple(self.answers), tuple(trace.expanded))
 
 
 class Scribe(Recorder):
@@ -221,16 +278,15 @@ class Scribe(Recorder):
         self.draft.output = self.draft.names.of(values)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        draft = self.draft
+        draft, kwargs = self.draft, kwargs or {}
         at, uses = len(draft.steps), len(self.trace.uses)
-        call = draft.names.call(func, args, kwargs)
+        step = _step(draft.names, func, args, kwargs)
         draft.steps.append(None)
         out = super().__torch_function__(func, types, args, kwargs)
-        draft.plain &= _told_again(func, kwargs or {}) and not draft.names.lost
-        draft.plain &= _compat.transform_now() == self.level
+        draft.plain &= _told_again(func, kwargs) and not draft.names.lost and _compat.transform_now() == self.level
         if draft.plain:
-            step = self._step(call, func, args, kwargs or {}, self.trace.uses[uses:], within=len(draft.steps) > at + 1)
-            draft.steps[at], draft.plain = step, step is not None
+            used = self._used(step, args, kwargs, out, self.trace.uses[uses:], within=len(draft.steps) > at + 1)
+            draft.steps[at], draft.plain = used, used is not None
         draft.names.mark(out, args)
         return out
 
@@ -238,29 +294,73 @@ class Scribe(Recorder):
         self.draft.answers.append(found := super().asked(t))
         return found
 
-    def _step(self, call: list[Any], func: Any, args: Any, kwargs: Any, uses: list[Use], *, within: bool) -> Step | None:
-        """The step, None for what cannot be told again."""
+    def _used(self, step: Step, args: Any, kwargs: Any, out: Any, uses: list[Use], *, within: bool) -> Step | None:
+        """The step with its uses, None for what cannot be told again."""
+        func = step.func
         if within:  # (uses are those of the steps inside)
-            if func in COMPOSITES:
-                return Step(call, Kind.COMPOSITE)
-            if func in REPEATED:
-                return Step(call, Kind.REPEATED)
-            own = func not in RULES and isinstance(func, FunctionType) and _compat.body_of(func) is not None
-            return Step(call, Kind.BODY) if own else None
+            return self._within(step)
         if not uses:
             if func not in REPEATED or self.expand_unknown:
-                return Step(call)
-            return None if REPEATED[func](*args, **kwargs) else Step(call, Kind.ONCE)
-        if any(use.func is not func for use in uses):
+                return step
+            return None if REPEATED[func](*args, **kwargs) else step._replace(kind=Kind.ONCE)
+        expanded = sum(type(use.part) is ExpandedPart for use in uses)
+        if any(use.func is not func for use in uses) or 0 < expanded < len(uses):
             return None
-        mine, expanded = {id(use.part.parameter) for use in uses}, sum(type(use.part) is ExpandedPart for use in uses)
+        mine = {id(use.part.parameter) for use in uses}
         if expanded:
-            told = tuple([id(t) in mine for t in tensors_in((*args, *kwargs.values()))])
-            widened = func in EXPANDS and not self.expand_unknown
-            shapes = tuple([use.shape for use in uses])
-            return Step(call, Kind.WIDENED if widened else Kind.EXPANDED, told, shapes) if expanded == len(uses) else None
-        told = tuple([id(part.parameter) in mine for part in RULES[func](*args, **kwargs)]) if func in RULES else ()
-        return Step(call, Kind.RULE, told) if sum(told) == len(uses) else None
+            tensors = list(map(id, tensors_in((*args, *kwargs.values()))))
+            told = tuple([of in mine and of not in tensors[:at] for at, of in enumerate(tensors)])
+            kind = Kind.WIDENED if func in EXPANDS and not self.expand_unknown else Kind.EXPANDED
+            return step._replace(uses=told, kind=kind, shapes=tuple([use.shape for use in uses])) if sum(told) == expanded else None
+        parts = list(RULES[func](*args, **kwargs)) if func in RULES else []
+        told = tuple(id(part.parameter) in mine for part in parts)
+        if sum(told) != len(uses):
+            return None
+        fixed = not kwargs and (func not in ENTRY_BY_ENTRY or not step.others)  # (no number that the part depends on may be another)
+        reads = [found for part, mine in zip(parts, told, strict=True) if mine and (found := _reads(part, args, out)) is not None]
+        return step._replace(uses=told, reads=tuple(reads) if fixed and len(reads) == len(uses) else None)
+
+    @staticmethod
+    def _within(step: Step) -> Step | None:
+        """An operation whose own are steps too."""
+        func = step.func
+        if func in COMPOSITES or func in REPEATED:
+            return step._replace(kind=Kind.COMPOSITE if func in COMPOSITES else Kind.REPEATED)
+        own = func not in RULES and isinstance(func, FunctionType) and _compat.body_of(func) is not None
+        return step._replace(kind=Kind.BODY) if own else None
+
+
+def _step(names: Names, func: Any, args: Any, kwargs: Any) -> Step:
+    told = [names.of(value) if isinstance(value, Tensor) else 0 for value in args]
+    named = tuple([(at, name) for at, name in enumerate(told) if name])
+    others = tuple([at for at, name in enumerate(told) if not name])
+    usual = tuple([(at, args[at]) for at in others if _plain(args[at])])
+    words = names.words(func, [args[at] for at in others], kwargs)
+    return Step(func, len(args), named, usual, others, words, bool(kwargs) or len(usual) < len(others))
+
+
+def _plain(value: Any) -> bool:
+    """Whether the very same object is the very same argument, whatever was done since."""
+    kind: Any = type(value)
+    return kind in _AS_THEY_ARE or kind in (bool, float) or (kind in (tuple, torch.Size) and all(map(_plain, value)))
+
+
+def _reads(part: Any, args: Any, out: Any) -> tuple[int, ...] | None:
+    """Which arguments the tensors of a part are; None where they are not, or the part may hold more of the run."""
+    kind: Any = type(part)
+    if out.dtype is not part.parameter.dtype or kind not in (OuterPart, SumPart):
+        return None
+    times = part.times if kind is SumPart else None
+    if times is not None and (type(times) is not FunctionType or times.__closure__ or times.__defaults__):
+        return None
+    places = {id(value): at for at, value in enumerate(args)}
+    found = [places.get(id(t), -1) for t in (part.saved if kind is SumPart else (part.a,))]
+    return None if -1 in found else tuple(found)
+
+
+def _lies_first(use: Use) -> bool:
+    """Whether a use under vmap, and what its block reads, lie beneath with the samples in front and nothing else moved."""
+    return use.order is None and not use.merged and (type(use.part) is OuterPart or (type(use.part) is SumPart and not use.part.saved))
 
 
 def _told_again(func: Any, kwargs: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,12 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import resolve_name
 
+from .._errors import listed
 from .._typing import Tensor
 from ..rules import Part
 from .layout import Layout
+
+NO_GRAPH = "f's output carries no graph (it is detached, computed under no_grad, or uses no parameter): all rows are zero"
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +78,12 @@ class Refused(Exception):
 
 class Unplaced(Refused):
     """The cotangents of a use belong to no one sample, in no layout that its sizes allow."""
+
+
+def without_rule(expanded: Iterable[str]) -> list[str]:
+    """What the plan says of operations whose parameters were expanded."""
+    found = sorted(set(expanded))
+    return [f"no rule, expanded: {listed(found)}"] if found else []
 
 
 def edge_of(t: Tensor) -> GradientEdge:

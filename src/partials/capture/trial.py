@@ -20,7 +20,6 @@ from ..methods._complete import stood_in_for
 from .describe import described, held
 from .engine import Run, native, parameters, solve, taped, vmapped
 from .recorder import Recorder
-from .replay import replayed
 from .script import Scribe
 from .trace import Refused, Unplaced
 from .trace import Use as Recorded
@@ -57,9 +56,6 @@ def attempt(problem: Problem) -> Attempt:
     nested = doubtful = False
     if inside_transform():
         return Attempt(None, {"capture": "a torch.func transform is running around this call"})
-    known = replayed(problem)
-    if known is not None:
-        return Attempt(known)
     device = problem.targets[0].tensor.device
     kind = Scribe if problem.history is not None and problem.history.due() else Recorder
     for name, runner in RUNNERS.items():

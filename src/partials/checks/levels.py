@@ -10,7 +10,6 @@ import torch
 from .._errors import InputError, listed, near
 from .._part import part
 from .._problem import Problem
-from .._rows import Origin
 from .._run import compute, wrap
 from .._state import rng_kept
 from .._typing import Tensor
@@ -46,7 +45,7 @@ def inspect(problem: Problem, method: str = "auto", level: str = "quick", jacobi
         raise InputError(f"level={level!r} is unknown", got=repr(level), expected=f"one of: {known}", hint=near(str(level), LEVELS))
     if jacobian is None:
         computed, made = compute(problem, method)
-        jacobian = wrap(problem, computed, made, Origin())
+        jacobian = wrap(problem, computed, made)
     subject = Subject.of(problem, jacobian, jacobian.plan.method, level)
     with problem.running(f"checking the Jacobian ({level})"), rng_kept(problem.targets[0].tensor.device):
         quick(subject)

@@ -109,10 +109,12 @@ def index_select(input: Tensor, dim: int, index: Tensor) -> Iterator[Part]:
 
 
 def repeated(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, tuple[int, ...]] | None:
-    """An index that was itself expanded (token types that default to zero) looks up the same rows again and again."""
-    if not any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
+    """An index with the same rows for every sample, expanded or written out (token types of zeros, positions), looks them up again."""
+    sizes = enumerate(zip(input.shape, input.stride(), strict=True))
+    alike = [d for d, (size, stride) in sizes if size > 1 and (stride == 0 or bool((input == input.narrow(d, 0, 1)).all()))]
+    if not alike:
         return None
-    once = input[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in input.stride())]
+    once = input[tuple(slice(0, 1) if d in alike else slice(None) for d in range(input.ndim))]
     return once, (*input.shape, weight.shape[-1])
 
 
