@@ -44,7 +44,7 @@ try:
     from torch.overrides import _get_current_function_mode_stack as _modes
     from torch.utils._device import DeviceContext
 except ImportError:  # pragma: no cover
-    _modes = None  # type: ignore[assignment]
+    _modes, DeviceContext = None, ()  # type: ignore[assignment,misc]
 
 try:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode as _proxy_mode
@@ -295,15 +295,21 @@ def watched() -> bool:
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Torch function modes around us see nothing; modes that are entered inside do."""
+    """Torch function modes around us see nothing, but for torch's default device; modes that are entered inside do."""
     if _pop_mode is None or os.environ.get("PARTIALS_PUBLIC_ONLY"):  # they see work of ours as well: more to look at, nothing wrong
         yield
         return
     around: list[Any] = []
+    devices: list[Any] = []
     try:
         while _len_torch_function_stack():
             around.append(_pop_mode())
+        devices = [mode for mode in reversed(around) if isinstance(mode, DeviceContext)]
+        for mode in devices:
+            _push_mode(mode)
         yield
     finally:
+        for _ in range(min(len(devices), _len_torch_function_stack())):
+            _pop_mode()
         for mode in reversed(around):
             _push_mode(mode)
