@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.bars import FIELD, HUNDRED, MLP, ROWS, TEN, TRANSFORMER, Bar
+from benchmarks.bars import CNN, FIELD, HUNDRED, MLP, ROWS, TEN, TRANSFORMER, Bar
 
 CLOSE = (
     "What a reverse pass to the uses' outputs leaves out of a backward is one product of three for each layer but the first, so that 2/3"
@@ -10,22 +10,28 @@ CLOSE = (
 )
 PRODUCTS = (
     "Matrix products of v or u with the inputs are a third of a step; the cotangents are read once for a weight and its bias together,"
-    " and some 0.2 ms are Python. Tried: one matrix product in place of einsum, batches of rows times a matrix in place of a matrix times"
-    " a column (ten times as quick for C = 100), J^T u written to its place, the wider side of one multiplied first (LSTM: 0.59 to 0.4)."
+    " and 0.1 to 0.2 ms are Python where a training step has left nothing of it in the caches. Tried: one matrix product in place of"
+    " einsum, batches of rows times a matrix in place of a matrix times a column (ten times as quick for C = 100), J^T u written to its"
+    " place, the wider side of one multiplied first (LSTM: 0.59 to 0.4), what depends on the blocks alone laid out once for all vectors"
+    " (the table 0.65 to 0.5, C = 10 0.60 to 0.46)."
 )
 TEN_OUTPUTS = (
-    "The three matrix products take 0.31 to 0.35 of this step, with one reading of the cotangents (2.6 MB) 0.40 (torch's linear and bmm"
-    " alone, nothing else); the rest, 0.2 to 0.3 ms, is Python for six blocks. Tried: a weight's and its bias' cotangent met once"
-    " (J v 0.74 to 0.58, J^T u 0.76 to 0.56), sizes and groups of blocks remembered."
+    "The three matrix products take 0.31 of this step, with one reading of the cotangents (2.6 MB) 0.34 to 0.40 (torch's addmm and bmm"
+    " alone, nothing else): what they read, the step before has put out of the nearer caches. Some 0.1 ms is Python for six blocks. Tried:"
+    " a weight's and its bias' cotangent met once (J v 0.74 to 0.58), what depends on the blocks alone laid out once (to 0.46 to 0.52)."
 )
 HUNDRED_OUTPUTS = (
-    "The cotangents are 28.8 MB: one reading takes 0.27 of this step where they lie in the last cache (69 GB/s), 0.5 and more where they"
-    " do not; matrix products take 0.3 besides, so that 0.6 is the least. Tried: a weight's and its bias' cotangent met once, as batches"
-    " of a row times a matrix, without copies or temporaries (J v 2.9 to 1.0, J^T u 3.5 to 0.95)."
+    "The cotangents are 28.8 MB: one reading takes 0.27 of this step where they lie in the last cache (35 GB/s), more where they do not;"
+    " the matrix products of v or u with the inputs take 0.28 and 0.33, so that 0.55 and 0.60 are the least, and 0.73 and 0.67 with torch's"
+    " batched products as the readers (0.45 and 0.34). Tried: a weight's and its bias' cotangent met once, as batches of a row times a"
+    " matrix, without copies or temporaries (J v 2.9 to 1.0, J^T u 3.5 to 0.95), what depends on the blocks alone laid out once (J v to"
+    " 0.8, J^T u to 0.7). Another pass through the network in place of the cotangents would multiply as much: 0.59 of a step's products."
 )
 TABLE = (
     "The result is 12.8 MB, of which 1024 rows are added to: zeroing it takes 0.1 ms where it lies in the last cache and 0.4 where it does"
-    " not, which is most of the step itself. Tried: zeroed once and written in place, where it was zeroed, copied and joined (1.25 to 0.6)."
+    " not, nearly half of this step; to add the rows takes 0.1. Tried: zeroed once and written in place, where it was zeroed, copied and"
+    " joined (1.25 to 0.75); what depends on the blocks alone laid out once (to 0.6). Pages that the system zeroes (numpy) took 1.7 times"
+    " as long."
 )
 REASONS: dict[tuple[str, str], str] = {
     ("factors", ""): CLOSE,
@@ -41,8 +47,10 @@ REASONS: dict[tuple[str, str], str] = {
     ): "At 64 features the weight gradients that are left out are a small part of a step, the calls for a use are not.",
     ("Gram", MLP): (
         "The factors take 0.7 of a step. Two products of N x N x features for each layer, of which three quarters are computed (the rest is"
-        " mirrored), have 0.34 of a step's multiplications, so that 1.05 is the least. Tried: a bias' part is a one in its weight's (one"
-        " product of cotangents for both: 0.65 to 0.45 beyond the factors), strips of a half, a third, a quarter and an eighth of the rows."
+        " mirrored), take 0.28 at the rate of the largest matrix products of this machine (70 billion multiplications a second), so that"
+        " 0.98 is the least; their sum and the mirroring take 0.05. Tried: a bias' part is a one in its weight's (one product of"
+        " cotangents for both: 0.65 to 0.45 beyond the factors), strips of three, four and uneven parts of the rows (no better than two),"
+        " equal sizes as one batch (the copy takes what it saves), the sum mirrored once and not each product (to 0.38)."
     ),
     (
         "clipped sum",
@@ -57,7 +65,13 @@ REASONS: dict[tuple[str, str], str] = {
     ("J^T u, given factors", ROWS): TABLE,
     ("dense, fresh memory", TRANSFORMER): (
         "Nearly all of the time is page faults of the result. Blocks are written straight into one result of all parameters, peers leave"
-        " one tensor for each; into memory that is there already (`out=`) the same rows take a part of it."
+        " one tensor for each; into memory that is there already (`out=`) the same rows take a part of it. Tried: the products of a few"
+        " samples at a time in the same memory, which a cache holds (a sixth off the products)."
+    ),
+    ("dense, fresh memory", CNN): (
+        "The factors take 7 of 10 ms and page faults of the result 1; convolutions' rows are 3. Tried: patches of a few samples laid out in"
+        " the same memory, which a cache holds, and one product of them, where offsets of the kernel had one each (the whole 0.84 of what"
+        " it was, in processor time)."
     ),
     ("the whole call", ""): (
         "In a loop of such calls one takes 1.9 training steps (of 44 microseconds; torch's vmap(grad) takes 5.5): the forward 4, watching"
@@ -83,7 +97,8 @@ REASONS: dict[tuple[str, str], str] = {
         " J^T u 0.3 to 0.5 (for C outputs it reads C cotangents of each sample, which the step does not have: at C=100 half of the"
         " check), f on both halves of the batch 0.4, two samples alone two gradients more, and 0.1 ms of Python for each parameter."
         " Tried and kept: no norms of rows, one number for the rows of single samples, inputs read behind the first layer, tables at"
-        " the rows looked up."
+        " the rows looked up, cotangents that several parameters share read once (0.92 of the call at C = 100), memory of gradients that"
+        " are done with (the table: 0.81 of the call)."
     ),
 }
 """(beginning of the quantity, case or "" for all) -> the reason."""

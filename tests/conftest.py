@@ -1,6 +1,7 @@
 """What all tests share: device and dtype from the environment, fixed seeds, slow and cuda tests, hypothesis profiles.
 
-`DEVICE=cuda pytest` makes the tests' tensors on that device, also those of tests that name none.
+`DEVICE=cuda pytest` makes the tests' tensors on that device, also those of tests that name none; `DEVICE=pretend pytest` does so on any
+machine with a C++ compiler, on a device that is the CPU's memory with an accelerator's rules (tests/device).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import time
 import hypothesis
 import pytest
 import torch
+
+from tests.device import pretend
 
 
 class _TorchRandom:
@@ -41,6 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("DEVICE", "").partition(":")[0] == pretend.NAME:
+        if (lacking := pretend.why_not()) is not None:
+            pytest.exit(lacking, 1)
+        pretend.load()
     if "DEVICE" in os.environ:
         torch.set_default_device(os.environ["DEVICE"])
         torch.Generator = _Generator

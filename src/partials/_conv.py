@@ -19,9 +19,12 @@ from . import _formulas, _room
 from ._blocks import Block, Index, chosen
 from ._factors import Outer
 from ._formulas import Costs
-from ._gather import each, widest
+from ._gather import cat, each, in_chunks, widest
+from ._products import tracked
 from ._typing import Shape, Tensor
 
+SHARE = 2
+"""Of a temporary's room, one part in so many is what patches take at a time: then a cache holds them, until their product is done."""
 CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 GRADIENT: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
@@ -52,20 +55,44 @@ class Conv(Block):
         return self.g.dtype
 
     def dense(self) -> Tensor:
-        """The rows: one product for each offset along the kernel's first dimension."""
-        if self.transposed or _formulas.choice("dense", self._costs()[1]) == "patches":
+        """The rows: one product for each offset along the kernel's first dimension, or of patches a few samples at a time."""
+        if self.transposed:
             return self._by_outer(lambda block: block.dense())
+        if _formulas.choice("dense", self._costs()[1]) == "patches":
+            return cat([rows for _, rows in self._patched()]).reshape(*self.rows, *self.shape)
         return torch.stack(list(self._strips()), 5).reshape(*self.rows, *self.shape)
 
     def write(self, out: Tensor, *, add: bool = False) -> None:
-        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (self.a, self.g, out))
-        if self.transposed or tracked or _formulas.choice("dense", self._costs()[1]) == "patches":
+        if self.transposed or tracked(self.a, self.g, out):
             super().write(out, add=add)
+            return
+        if _formulas.choice("dense", self._costs()[1]) == "patches":
+            for samples, rows in self._patched():
+                place = out[samples].view(rows.shape)
+                place.add_(rows) if add else place.copy_(rows)
             return
         target = out.view(*self.rows, self.groups, self.shape[0] // self.groups, *self.shape[1:])
         for offset, strip in enumerate(self._strips()):
             place = target.select(5, offset)
             place.add_(strip) if add else place.copy_(strip)
+
+    def _patched(self) -> Iterator[tuple[slice, Tensor]]:
+        """The rows (n, C, groups, O/groups, I/groups * kernel) of a few samples, whose patches a cache holds: one product for them all."""
+        (_, c, frames, o), groups, space = self.g.shape[:4], self.groups, self.g.shape[4:]
+        entries, positions = prod(self.shape[1:]), prod(space)
+        size = frames * positions * groups * entries * self.a.element_size()
+        x = self._patches(space).unflatten(2, (groups, -1))  # (N, frames, groups, I/groups, *space, *kernel), a view
+        x = x.permute(0, 2, 1, 3, *range(4 + len(space), x.ndim), *range(4, 4 + len(space)))
+        g = self.g.unflatten(3, (groups, -1)).permute(0, 3, 2, 1, 4, *range(5, 5 + len(space)))  # (N, groups, frames, C, O/groups, *space)
+        g, room, kept = g.reshape(len(x), groups * frames, c * o // groups, positions), None, tracked(x, g)
+        fit = _room.tile(self.g) // max(1, SHARE * size)
+        for samples in in_chunks(len(x), SHARE * size, self.g, fit - fit % 2 or None):  # (threads take samples: an odd one would take all)
+            its = x[samples]
+            if room is None or kept:  # (fresh memory for each would cost more than the copy)
+                room = torch.empty_like(its, memory_format=torch.contiguous_format)
+            patches = room[: len(its)].copy_(its).view(len(its) * groups * frames, entries, positions)
+            rows = torch.bmm(g[samples].flatten(0, 1), patches.mT).view(len(its), groups, frames, c, o // groups, entries)
+            yield samples, (rows.squeeze(2) if frames == 1 else rows.sum(2)).transpose(1, 2)
 
     def _strips(self) -> Iterator[Tensor]:
         """The rows at each offset along the kernel's first dimension: (N, C, groups, O/groups, I/groups, *kernel[1:]).
@@ -99,10 +126,9 @@ class Conv(Block):
 
     def matmul(self, v: Tensor) -> Tensor:
         """J v: the convolution with v, met with the cotangent."""
-        x, g = (self.a if self.transposed else self._padded()).flatten(0, 1), self.g.flatten(2)
-        columns = []
+        (x, pads), g, columns = self._given(), self.g.flatten(2), []
         for weight in v.to(x.dtype).unbind(-1):
-            z = self._convolved(x, weight)
+            z = self._convolved(x.flatten(0, 1), weight, pads)
             columns.append(g @ z.unflatten(0, self.a.shape[:2]).flatten(1).unsqueeze(-1))
         return torch.cat(columns, -1) if columns else g.new_zeros(*self.rows, 0)
 
@@ -120,18 +146,27 @@ class Conv(Block):
         g = torch.einsum("nc,nc...->n...", u, self.g).flatten(0, 1)
         if not len(g):
             return g.new_zeros(self.shape)
-        x, g = (self._padded(g), self.a.flatten(0, 1)) if self.transposed else (self._padded().flatten(0, 1), g)
-        return GRADIENT[len(self.stride)](x, self.shape, g, self.stride, 0, self.dilation, self.groups)
+        x, pads = self._given()
+        if self.transposed:
+            x, g, pads = self._padded(g), x.flatten(0, 1), (0,) * len(pads)
+        else:
+            x = x.flatten(0, 1)
+        return GRADIENT[len(self.stride)](x, self.shape, g, self.stride, pads, self.dilation, self.groups)
 
-    def _convolved(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _given(self) -> tuple[Tensor, tuple[int, ...]]:
+        """The input, and the padding that is left to the kernel: none where it is not the same on both sides, it is in the input then."""
+        if self.transposed or all(before == after for before, after in self.padding):
+            return self.a, tuple([before for before, _ in self.padding])
+        return self._padded(), (0,) * len(self.padding)
+
+    def _convolved(self, x: Tensor, weight: Tensor, pads: tuple[int, ...]) -> Tensor:
         """The operation itself: (N * frames, I, ...) to (N * frames, O, *space')."""
         dims = len(self.stride)
         if not self.transposed:
-            return CONV[dims](x, weight, None, self.stride, 0, self.dilation, self.groups)
+            return CONV[dims](x, weight, None, self.stride, pads, self.dilation, self.groups)
         reach = [gap * (k - 1) + 1 for gap, k in zip(self.dilation, self.shape[2:], strict=True)]
         least = [(size - 1) * step + r for size, step, r in zip(self.a.shape[3:], self.stride, reach, strict=True)]
-        extra = [size + sum(pads) - low for size, pads, low in zip(self.g.shape[4:], self.padding, least, strict=True)]
-        pads = [before for before, _ in self.padding]
+        extra = [size + sum(both) - low for size, both, low in zip(self.g.shape[4:], self.padding, least, strict=True)]
         return TRANSPOSED[dims](x, weight, None, self.stride, pads, extra, self.groups, self.dilation)
 
     def _padded(self, wide: Tensor | None = None) -> Tensor:
@@ -150,6 +185,9 @@ class Conv(Block):
             return self._by_outer(lambda block: block.squared_norms())
         if _formulas.choice("norms", self._costs()[0]) == "pairs":
             return self._by_outer(lambda block: block.squared_norms())
+        if _formulas.choice("dense", self._costs()[1]) == "patches":
+            parts = (widest(rows)[0].flatten(2) for _, rows in self._patched())
+            return cat([each(rows, rows) for rows in parts])
         return self._by_samples(lambda block: reduce(torch.add, (each(strip, strip) for (strip,) in map(widest, block._strips()))))
 
     def inner(self, other: Block) -> Tensor:

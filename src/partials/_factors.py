@@ -63,9 +63,8 @@ class Outer(Factored):
             left, right = self._sides()
             target.addcmul_(left, right) if add else torch.mul(left, right, out=target)
             return
-        for s in in_chunks(len(out), 2 * self._sample_bytes, self.g):
-            rows = self._at(s)._formed()
-            target[s].add_(rows) if add else target[s].copy_(rows)
+        for s, rows in self._formed_in_turn() if self._plain(out) else ((s, self._at(s)._formed()) for s in self._chunks(2)):
+            target[s].add_(rows.view(target[s].shape)) if add else target[s].copy_(rows.view(target[s].shape))
 
     def matmul(self, v: Tensor) -> Tensor:
         k, v = v.shape[-1], v.to(self.g.dtype)
@@ -218,7 +217,25 @@ class Outer(Factored):
         return torch.einsum(f"nctgo,ntgi->ncg{self.layout}", self.g, self.a)
 
     def _formed_in_chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        return ((s, self._at(s)._formed()) for s in in_chunks(len(self.g), self._sample_bytes, self.g))
+        return ((s, self._at(s)._formed()) for s in self._chunks(1))
+
+    def _plain(self, out: Tensor) -> bool:
+        """Are rows one matrix product for each sample, without a graph?"""
+        return self.rows[1] == self.a.shape[2] == 1 and not tracked(self.a, self.g, out)
+
+    def _formed_in_turn(self) -> Iterator[tuple[slice, Tensor]]:
+        """With one output and group: the rows of a few samples, all in the same memory, which a cache holds."""
+        g, a = self.g[:, 0, :, 0], self.a[:, :, 0]
+        left, right = (g, a) if self.layout == "oi" else (a, g)
+        room: Tensor | None = None
+        for s in self._chunks(4):
+            if room is None:
+                room = g.new_empty(s.stop - s.start, left.shape[2], right.shape[2])
+            yield s, torch.bmm(left[s].mT, right[s], out=room[: s.stop - s.start])
+
+    def _chunks(self, share: int) -> Iterator[slice]:
+        """Samples whose rows take one part in `share` of a temporary's room."""
+        return in_chunks(len(self.g), share * self._sample_bytes, self.g)
 
     def _forms_for(self, k: int) -> bool:
         """Are rows cheaper for a product with k columns?"""

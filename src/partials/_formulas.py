@@ -26,6 +26,9 @@ FORMULAS = {
 }
 """Quantity -> its formulas. "norms": all inner products within a sample; "products": J v and J^T u; "dense": rows of convolutions."""
 
+NARROW = 32
+"""Columns below which a product of matrices takes as long as with so many."""
+
 _WANTED: ContextVar[Mapping[str, str]] = ContextVar("formulas", default={})  # noqa: B039 - never changed in place
 
 
@@ -123,10 +126,11 @@ def convolved(sizes: tuple[int, int], t: int, weight: tuple[int, int, int], kern
     """Norms and dense rows of a convolution: (n, c), t positions, (g, i, o) with i a whole patch, and the kernel's first size."""
     (n, c), (g, i, o) = sizes, weight
     patches, formed = n * t * g * i, n * c * g * i * o
-    strips = _seconds(batched=formed * t, entries=2 * patches // max(1, kernel) + 2 * formed, calls=8 * kernel)
-    rows = _seconds(batched=formed * t, entries=8 * patches + 4 * formed, calls=8)
+    narrow = max(1, NARROW * kernel / i)  # (of a product for one offset, whose side is that part of a patch)
+    strips = _seconds(batched=narrow * formed * t, entries=8 * patches // max(1, kernel) + 6 * formed, calls=8 * kernel)
+    rows = _seconds(batched=formed * t, entries=3 * patches + 4 * formed, calls=8)
     unfolded = inner((n, c, c), (t, t), weight, c, same=True)["pairs"] + _seconds(entries=8 * patches, calls=6)  # (strided copies)
-    return {"rows": strips, "pairs": unfolded}, {"offsets": strips, "patches": rows}
+    return {"rows": min(strips, rows), "pairs": unfolded}, {"offsets": strips, "patches": rows}
 
 
 def _seconds(products: float = 0, batched: float = 0, entries: float = 0, calls: float = 0) -> float:

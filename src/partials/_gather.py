@@ -14,7 +14,7 @@ from math import isqrt
 from typing import final
 
 import torch
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import pad
 
 from . import _room
 from ._blocks import Block, Dense, Index, chosen, ranges, size_of
@@ -67,7 +67,7 @@ class Gather(Block):
         (index, g), table = self._kept(), v.to(self.g.dtype).flatten(1)
         chunks = in_chunks(len(g), index.shape[1] * table[:1].nbytes, g)
         parts = (_cut(chunk, index, g) for chunk in chunks)
-        return cat([contracted(h, embedding(its, table).view(*its.shape, *v.shape[1:])) for its, h in parts])
+        return cat([contracted(h, table.index_select(0, its.flatten()).view(*its.shape, *v.shape[1:])) for its, h in parts])
 
     def rmatmul(self, u: Tensor) -> Tensor:
         (index, g), u = self._kept(), u.to(self.g.dtype)

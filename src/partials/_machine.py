@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,10 +53,12 @@ def sentence(machine: dict[str, Any]) -> str:
 
 
 def free(device: torch.device) -> int:
-    """Bytes that this process can still take: on CUDA of the device, else the least of the system's, the cgroup's and the limits'."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    """Bytes that this process can still take: of an accelerator with memory of its own, else the least of the system's and the limits'."""
+    if _has_memory(device):
+        memory = torch.accelerator.memory
+        kept = max(memory.memory_reserved(device) - memory.memory_allocated(device), 0)
+        with suppress(NotImplementedError):  # (of a device that does not say)
+            return memory.get_memory_info(device)[0] + kept
     return max(0, min((amount for amount in (_available(), _left_in_cgroup(), _left_of_limit()) if amount is not None), default=2**33))
 
 
@@ -97,7 +100,7 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 def measured(function: Callable[[], Answer], device: torch.device) -> tuple[Answer, float, int | None]:
     """(answer, seconds, growth of memory at its highest) of one call; the growth is None where it cannot be measured.
 
-    On CUDA, what torch's allocator handed out. On Linux, the resident memory of this process: the kernel's high-water mark
+    On an accelerator, what torch's allocator handed out. On Linux, the resident memory of this process: the kernel's high-water mark
     is set back just before, after the C library has returned the memory that it kept of earlier calls.
     """
     gc.collect()
@@ -120,15 +123,20 @@ def resident() -> int:
 
 def finish(device: torch.device) -> None:
     """Wait for what was started on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+
+
+def _has_memory(device: torch.device) -> bool:
+    """Whether torch counts the bytes of the device's own memory (Apple's is the system's)."""
+    return device.type not in ("cpu", "meta", "mps")
 
 
 def _reset(device: torch.device) -> int | None:
     """Bytes in use, from which the next peak is counted; None where peaks cannot be measured."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return int(torch.cuda.memory_allocated(device))
+    if _has_memory(device):
+        torch.accelerator.memory.reset_peak_memory_stats(device)
+        return torch.accelerator.memory.memory_allocated(device)
     try:
         ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text("5")
@@ -138,7 +146,7 @@ def _reset(device: torch.device) -> int | None:
 
 
 def _peak(device: torch.device) -> int:
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status("VmHWM")
+    return torch.accelerator.memory.max_memory_allocated(device) if _has_memory(device) else _status("VmHWM")
 
 
 def _status(key: str) -> int:

@@ -18,7 +18,7 @@ from ._graph import hides_uses
 from ._output import check_output
 from ._problem import Problem
 from ._signature import first_tensor
-from ._state import rng_kept
+from ._state import drawn_since, random_state, rng_kept
 from ._typing import Tensor
 from .rules import embedding
 
@@ -89,9 +89,10 @@ def look(problem: Problem) -> Facts:
 
 def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] | None) -> Facts:
     size = problem.size if leaves is None else 1
-    before = random_state()
+    device = problem.targets[0].tensor.device
+    before = random_state(device)
     out, counter = _counted(problem, tensors, leaves)
-    if not counter.random and before != random_state() and _draws_again(problem, tensors, leaves):
+    if not counter.random and drawn_since(before, device) and _draws_again(problem, tensors, leaves):
         counter.random["an operation that torch's function modes do not see, or another thread meanwhile"] = None
     check_output(out, size, problem.name, batched=problem.batched)
     return Facts(
@@ -113,17 +114,18 @@ def _measure(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] 
 
 def _draws_again(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] | None) -> bool:
     """Whether the random state moves each time that f runs: once may have been another thread, with which the generator is shared."""
+    device = problem.targets[0].tensor.device
     for _ in range(AGAIN):
-        before = random_state()
+        before = random_state(device)
         _counted(problem, tensors, leaves)
-        if before == random_state():
+        if not drawn_since(before, device):
             return False
     return True
 
 
 def _counted(problem: Problem, tensors: dict[str, Tensor], leaves: list[Tensor] | None, *, hooks: bool = True) -> tuple[Tensor, _Counter]:
     """f's output and what was counted; without hooks on saved tensors where f uses torch.func, which does not run under them."""
-    counter = _Counter()
+    counter = _Counter(problem.targets[0].tensor.device)
     try:
         with counter, counter.saving() if hooks else nullcontext():
             return problem(tensors, leaves), counter
@@ -147,8 +149,9 @@ def demand_policy(problem: Problem, facts: Facts) -> None:
 class _Counter(TorchFunctionMode):
     """Counts what the torch functions that it sees do."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self.device = device
         self.operations = self.flops = self.saved = self.written = 0
         self.random: dict[str, None] = {}
         self.unsafe: dict[str, None] = {}
@@ -161,7 +164,7 @@ class _Counter(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (F.embedding, F.embedding_bag) and (kwargs["weight"] if "weight" in kwargs else args[1]).requires_grad:
             embedding.refuse(func, args, kwargs)
-        state = random_state() if _may_be_random(func) else None
+        state = random_state(self.device) if _may_be_random(func) else None
         out = func(*args, **kwargs)
         result = first_tensor(out)
         self.course.append(func)
@@ -171,7 +174,7 @@ class _Counter(TorchFunctionMode):
             self.operations += 1
             self.flops += _flops(func, args, kwargs, result)
             self.written += result.numel() * result.element_size()
-        if state is not None and state != random_state():
+        if state is not None and drawn_since(state, self.device):
             self.random[(resolve_name(func) or getattr(func, "__name__", "a random operation")).removeprefix("torch.")] = None
         self.differentiates |= func is torch.autograd.grad
         self.once |= func is getattr(F, "linear_cross_entropy", None) and not getattr(kwargs.get("options"), "allow_retain_graph", True)
@@ -207,12 +210,6 @@ _PRODUCTS = ("linear", "conv", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsu
 def _may_be_random(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return any(word in name for word in (*_RANDOM_WORDS, "attention", "lstm", "gru", "rnn"))
-
-
-def random_state() -> bytes:
-    """The state of the CPU's generator, and of the current CUDA device's where CUDA is in use."""
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
-    return b"".join(state.numpy().tobytes() for state in states)
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Tensor) -> int:

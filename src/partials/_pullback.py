@@ -266,4 +266,14 @@ def positions(view: Tensor, parameter: Tensor) -> Tensor | None:
     numbers.copy_(torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape))
     offset = view.storage_offset() - parameter.storage_offset()
     found = numbers.as_strided(view.shape, view.stride(), offset).reshape(-1)
-    return found if len(torch.unique(found)) == len(found) else None
+    return found if _apart(view) or len(torch.unique(found)) == len(found) else None
+
+
+def _apart(view: Tensor) -> bool:
+    """Whether each dimension steps over all that the smaller steps reach: no entry is there twice, and no number need be read to know."""
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(view.shape, view.stride(), strict=True) if size > 1):
+        if stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True

@@ -107,19 +107,34 @@ def _snapshot(module: nn.Module) -> Snapshot:
 @contextmanager
 def rng_kept(device: torch.device) -> Iterator[None]:
     """The random state of the CPU and of `device` is the same afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    state = random_state(device)
+    try:
         yield
+    finally:
+        restore(state, device)
 
 
 RandomState = tuple[Tensor, ...]
-"""Of the CPU's generator, and of a CUDA device's."""
+"""Of the CPU's generator, and of an accelerator's."""
 
 
 def random_state(device: torch.device) -> RandomState:
-    """The state of the CPU's generator, and of `device`'s where it is a CUDA device."""
+    """The state of the CPU's generator, and of `device`'s own where it has one."""
     cpu = default_generator.get_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+    return (cpu, own.get_rng_state(*place(device))) if (own := _own_numbers(device)) else (cpu,)
+
+
+def _own_numbers(device: torch.device) -> Any:
+    """The module of torch that holds the generator of an accelerator; None of the CPU and of devices without one."""
+    if device.type in ("cpu", "meta"):
+        return None
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "get_rng_state") else None
+
+
+def place(device: torch.device) -> tuple[torch.device, ...]:
+    """What tells torch's module of an accelerator which one is meant: Apple's has one only, and takes nothing."""
+    return () if device.type == "mps" else (device,)
 
 
 def drawn_since(state: RandomState, device: torch.device) -> bool:
@@ -131,29 +146,21 @@ def _bytes(state: Tensor) -> bytes:
     return string_at(state.data_ptr(), state.numel())
 
 
-_LAST: list[bytes] = [b""]
-"""The CPU's state at the end of the last run that drew nothing."""
 Copies = tuple[torch.Generator, Tensor | None]
 
 
 def generators(device: torch.device) -> Copies:
-    """Copies of the CPU's generator, and of the state of `device`'s where it is a CUDA device: made in half the time of reading a state."""
-    return default_generator.clone_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    """Copies of the CPU's generator, and of the state of `device`'s own where it has one: made in half the time of reading a state."""
+    own = _own_numbers(device)
+    return default_generator.clone_state(), own.get_rng_state(*place(device)) if own else None
 
 
 def unmoved(copies: Copies, device: torch.device) -> bool:
-    """Whether no random numbers were drawn since the copies were made.
-
-    Calls follow one another with nothing drawn in between more often than not: then the CPU's state equals the one at the end of the last
-    call, and the copy is not looked into.
-    """
-    state = default_generator.get_state()
-    now = string_at(state.data_ptr(), state.numel())
-    if now != _LAST[0]:
-        if now != _bytes(copies[0].get_state()):
-            return False
-        _LAST[0] = now
-    return copies[1] is None or _bytes(copies[1]) == _bytes(torch.cuda.get_rng_state(device))
+    """Whether no random numbers were drawn since the copies were made."""
+    first, other = copies
+    if _bytes(default_generator.get_state()) != _bytes(first.get_state()):
+        return False
+    return other is None or _bytes(other) == _bytes(_own_numbers(device).get_rng_state(*place(device)))
 
 
 def put_back(copies: Copies, device: torch.device) -> None:
@@ -165,7 +172,7 @@ def restore(state: RandomState, device: torch.device) -> None:
     """The generators of the CPU and of `device` as `random_state` found them."""
     torch.set_rng_state(state[0])
     for other in state[1:]:
-        torch.cuda.set_rng_state(other, device)
+        _own_numbers(device).set_rng_state(other, *place(device))
 
 
 @contextmanager
@@ -207,7 +214,9 @@ def rounding() -> Rounding:
     """The autocast that is on, with its dtypes."""
     if not rounded():
         return ()
-    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)])
+    card = torch.accelerator.current_accelerator()
+    kinds = ("cpu", "cuda") if card is None or card.type == "cuda" else ("cpu", "cuda", card.type)
+    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)])
 
 
 @contextmanager

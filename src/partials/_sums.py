@@ -41,11 +41,15 @@ class Sums:
     def push(self, v: Sequence[Tensor]) -> Tensor:
         """J v of one vector, in the parts (p,) of the parameters: (N, C)."""
         rows, rest = self._laid_out if self._by_rows else ([], self)
-        found = [row.push(v) for row in rows]
+        total: Tensor | None = None
+        for row in rows:
+            total = row.push(v) if total is None else total.add_(row.push(v))
         if rest.blocks:
             parts = {name: v[self._places[name]].view(*group[0].shape, 1) for name, group in rest.blocks.items()}
-            found.append(rest.matmul(parts).squeeze(-1))
-        return sum_of(found)
+            found = rest.matmul(parts).squeeze(-1)
+            total = found if total is None else total + found
+        assert total is not None
+        return total
 
     def rmatmul(self, u: Tensor) -> Tensor:
         """J^T u: (N, C, k) -> (P, k), each parameter's part written to its place."""
@@ -171,6 +175,13 @@ class Sums:
 
     def _for(self, k: int) -> tuple[list[tuple[str, Block]], list[Members]]:
         """Of a product with k columns: the blocks that go through it alone, and those that share a cotangent."""
+        return self._for_one if k == 1 and not _formulas.asked("products") else self._sorted(k)
+
+    @cached_property
+    def _for_one(self) -> tuple[list[tuple[str, Block]], list[Members]]:
+        return self._sorted(1)
+
+    def _sorted(self, k: int) -> tuple[list[tuple[str, Block]], list[Members]]:
         together = [members for members in self._together if all(block.through(k) for _, block in members)]
         shared = {id(block) for members in together for _, block in members}
         return [(name, block) for name, group in self.blocks.items() for block in group if id(block) not in shared], together
@@ -258,14 +269,15 @@ def _own_grams(groups: list[Members]) -> list[Tensor]:
         return []
     n, c = sides[0][0].shape[:2]
     rows = [g.flatten(0, 1) for g, _ in sides]
-    found = rows[0].new_empty(n, c, n, c)
+    dtype = reduce(torch.promote_types, [g.dtype for g in rows])
+    found = rows[0].new_empty(n, c, n, c, dtype=dtype)
     step = -(-strip_of(n * c) // max(1, c))
     for start in range(0, n, step):
         here, on = slice(start, start + step), slice(start, None)
         tile = found[here, :, on]
         for i, (_, members) in enumerate(sides):
-            met = torch.mm(rows[i][start * c : (start + step) * c], rows[i][start * c :].T).view(tile.shape)
-            alike = _alike(members, members, lambda a, b: a[here] @ b[on].T)[:, None, :, None].to(met.dtype)  # noqa: B023
+            met = torch.mm(rows[i][start * c : (start + step) * c], rows[i][start * c :].T).view(tile.shape).to(dtype)
+            alike = _alike(members, members, lambda a, b: a[here] @ b[on].T)[:, None, :, None].to(dtype)  # noqa: B023
             tile.addcmul_(met, alike) if i else torch.mul(met, alike, out=tile)
         found[here, :, :start] = found[:start, :, here].permute(2, 3, 0, 1)
     return [found]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -83,13 +84,18 @@ class Row(ABC):
 class Several(Row):
     """Several outputs: g (N, C, O) is read once, by batches of a row times a matrix."""
 
+    @cached_property
+    def turned(self) -> Tensor:
+        """g as (N, O, C)."""
+        return self.g.mT
+
     def push(self, v: Sequence[Tensor]) -> Tensor:
         met, features = self._bias(v), self.g.shape[2]
         for weight in self.weights:
             matrix = weight.matrix(v, features)
             met = weight.a @ matrix if met is None else torch.addmm(met, weight.a, matrix)
         assert met is not None
-        return torch.bmm(met.unsqueeze(1), self.g.mT).squeeze(1)
+        return torch.bmm(met.unsqueeze(1), self.turned).squeeze(1)
 
     def pull(self, u: Tensor, out: Sequence[Tensor]) -> None:
         folded = torch.bmm(u.unsqueeze(1), self.g).squeeze(1)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import partials as pt
-from partials import _factors, _formulas
+from partials import _factors, _formulas, _room
 from partials._conv import Conv
 from partials.testing import Call, loop
 from tests.oracle import dense
@@ -84,9 +84,9 @@ def test_what_is_asked_for_is_taken(monkeypatch):
 
 def test_convolutions_take_what_is_asked_for(monkeypatch):
     seen: list[str] = []
-    strips, outer = Conv._strips, Conv.outer
+    strips, patched = Conv._strips, Conv._patched
     monkeypatch.setattr(Conv, "_strips", lambda self: (seen.append("offsets"), strips(self))[1])
-    monkeypatch.setattr(Conv, "outer", lambda self: (seen.append("patches"), outer(self))[1])
+    monkeypatch.setattr(Conv, "_patched", lambda self: (seen.append("patches"), patched(self))[1])
     net, x = CASES["conv"]()
     J = pt.jacobian(net, x, check="never")
     for formula in _formulas.FORMULAS["dense"]:
@@ -94,6 +94,36 @@ def test_convolutions_take_what_is_asked_for(monkeypatch):
             J.dense()
         assert {*seen} == {formula}
         seen.clear()
+
+
+@pytest.mark.parametrize("room", [1, 2**40])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("n", [0, 1, 5])
+@pytest.mark.parametrize("padding", [((1, 0), (0, 2), (0, 0)), ((1, 1), (2, 2), (0, 0))])
+def test_rows_of_convolutions_are_the_same_by_each_formula(padding, n, dims, room):
+    """Strides, padding on one side, dilation, groups, frames and several outputs; gradients too, where memory must not be used again."""
+    stride, dilation, padding, size = (2, 1, 2)[:dims], (1, 2, 1)[:dims], padding[:dims], (6, 7, 5)[:dims]
+    x = torch.randn(n, 2, 4, *size, dtype=torch.float64, requires_grad=True)
+    wide = [low + high + length for (low, high), length in zip(padding, size, strict=True)]
+    space = [(length - gap * 2 - 1) // step + 1 for length, gap, step in zip(wide, dilation, stride, strict=True)]
+    g = torch.randn(n, 3, 2, 6, *space, dtype=torch.float64, requires_grad=True)
+    block = Conv(x, g, (6, 2, *(3,) * dims), stride, padding, dilation, 2)
+    found, slopes, out = {}, {}, torch.randn(n, 3, 6 * 2 * 3**dims, dtype=torch.float64)
+    for formula in _formulas.FORMULAS["dense"]:
+        with pt.formulas(dense=formula), _room.limited(room):
+            rows = block.dense()
+            slopes[formula] = torch.autograd.grad(rows.square().sum(), (x, g))
+            with torch.no_grad():
+                found[formula] = (rows.detach(), out.clone(), out.clone(), block.squared_norms())
+                block.write(found[formula][1])
+                block.write(found[formula][2], add=True)
+    torch.testing.assert_close(found["patches"], found["offsets"])
+    torch.testing.assert_close(slopes["patches"], slopes["offsets"])
+    rows, written, added, norms = found["patches"]
+    v, u = torch.randn(*block.shape, 2, dtype=torch.float64), torch.randn(n, 3, 2, dtype=torch.float64)
+    torch.testing.assert_close(block.matmul(v).detach(), rows.flatten(2) @ v.flatten(0, -2))
+    torch.testing.assert_close(block.rmatmul(u).detach().flatten(0, -2), torch.einsum("ncp,nck->pk", rows.flatten(2), u))
+    torch.testing.assert_close((written, added - out, norms), (rows.flatten(2), rows.flatten(2), rows.flatten(2).square().sum(2)))
 
 
 def test_a_choice_holds_inside_only_and_in_its_own_thread():

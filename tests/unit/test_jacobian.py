@@ -51,12 +51,12 @@ def near(found, expected):
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
-def test_facts(made):
+def test_facts(made, device):
     J = made.J
     near(J.values, made.values)
     assert J.shape == (*made.lead, made.p) and len(J) == made.n and J.out == made.out
     assert J.names == tuple(made.R)
-    assert J.dtype == torch.float64 and J.device.type == "cpu"
+    assert J.dtype == torch.float64 and J.device.type == device.type
     assert all(name in J for name in made.R) and "nothing" not in J
 
 
@@ -340,10 +340,11 @@ def test_repr_is_one_screen():
     J = pt.jacobian(torch.nn.Sequential(*layers), torch.randn(3, 2), check="never", method="loop")
     lines = repr(J).splitlines()
     assert len(lines) <= 20 and all(len(line) <= 140 for line in lines)
-    assert lines[0].startswith("Jacobian (3, 2, 180) torch.float32 on cpu:")
+    assert lines[0].startswith(f"Jacobian (3, 2, 180) torch.float32 on {J.device}:")
     assert lines[-2:] == ["  ... and 48 more", "  by loop"]
-    assert repr(Made("line", "loop").J) == (
-        "Jacobian (4, 1, 2) torch.float64 on cpu: 64 B held, 64 B dense\n"
+    J = Made("line", "loop").J
+    assert repr(J) == (
+        f"Jacobian (4, 1, 2) torch.float64 on {J.device}: 64 B held, 64 B dense\n"
         "  a                                (1,)\n"
         "  b                                (1,)\n"
         "  by loop"

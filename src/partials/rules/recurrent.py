@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .._state import rounding
 from .._typing import Tensor
 from ._parts import NoRule, OuterPart, SumPart
 from ._scan import Layer, joined, recurrent_product, walk
@@ -165,7 +166,7 @@ def _one_step(kind: str) -> Callable[..., Any]:
 
 
 def _plain_precision() -> None:
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if rounding():
         raise NoRule("autocast rounds a fused recurrent layer at places of its own")
 
 

@@ -90,7 +90,7 @@ class Case:
         """On `device` (None: torch's default one), with the numbers that the CPU draws."""
         device = torch.get_default_device() if device is None else torch.device(device)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(20)
+            torch.default_generator.manual_seed(20)  # (the CPU's alone: those of accelerators are not set back)
             return self.maker(dtype, device)
 
 
