@@ -25,6 +25,8 @@ N = 3
 WAYS = ("batch", "vmap", "scaled", "alone")
 SAME = 1e-9
 """Values of a batch and of batches of one agree to this, else the function mixes samples."""
+UNCHECKED = ("_segment_reduce", "native_batch_norm")
+"""Operations that read past the end of lengths, or of weights, that do not fit the data."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def made(op: Any, sample: Any, case: Case) -> Call | None:
     """The call of a case, None where there is none."""
     tree = (sample.input, tuple(sample.args), dict(sample.kwargs))
     tensors = [t for _, t in walk(tree, "")]
-    if any(t.layout != torch.strided for t in tensors) or (case.operation.startswith("_segment_reduce") and case.way != "alone"):
-        return None  # (torch reads past the end of lengths that do not fit the data)
+    if any(t.layout != torch.strided for t in tensors) or (case.operation.startswith(UNCHECKED) and case.way != "alone"):
+        return None
     places = [i for i, t in enumerate(tensors) if t.dtype == torch.float64 and t.numel()]
     if not places or sum(t.numel() for t in tensors) > 4000:
         return None
