@@ -109,6 +109,8 @@ def batched(t: Tensor, level: int) -> Tensor:
 
 def first_mapped(t: Tensor) -> Tensor | None:
     """The tensor beneath one vmap that maps its first dimension; t itself where nothing wraps it, None where that is not how it lies."""
+    if not PRIVATE:
+        return None if transform_of(t) else t
     if not _private.is_functorch_wrapped_tensor(t):
         return t
     raw: Tensor = _private.get_unwrapped(t)
