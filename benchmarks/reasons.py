@@ -86,7 +86,11 @@ REASONS: dict[tuple[str, str], str] = {
         " with the script takes 3, the edge and what the block will read 2, the engine's copy of a cotangent 1 to 2, the block 2 to 4 (a"
         " view takes one, and a weight with its bias has three); a step's weight gradients, which are left out, take 4 to 10. Tried: runs"
         " held against a script, without a search for parameters and samples and without the walk over the graph (44 and 29 to 17), steps"
-        " that compare objects, blocks by remembered steps (to 11). Under vmap each operation is run by torch's batching besides."
+        " that compare objects, blocks by remembered steps (to 11). Under vmap, torch's batching and a batch dimension more take 4 in the"
+        " forward and 5 in the reverse pass, a batch that is taken out and put back around a use 8, graph nodes that are looked up beneath"
+        " vmap 4. Tried: watched in each call (107), held against a script (to 55), linears on the batch beneath in place of what vmap"
+        " makes of them, a cotangent at the product itself in place of a copied view, blocks by remembered steps (to 40); all operations on"
+        " the rows beneath (no better: the views that are saved in the reverse pass are made in the forward)."
     ),
     ('check="first"', ""): (
         "By profile: an ordinary call with its backward takes 1 to 1.3 steps (its memory is fresh), a second reverse pass 0.3 to 0.6,"

@@ -44,7 +44,7 @@ try:
     from torch.overrides import _get_current_function_mode_stack as _modes
     from torch.utils._device import DeviceContext
 except ImportError:  # pragma: no cover
-    _modes = None  # type: ignore[assignment]
+    _modes, DeviceContext = None, ()  # type: ignore[assignment,misc]
 
 try:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode as _proxy_mode
@@ -109,6 +109,8 @@ def batched(t: Tensor, level: int) -> Tensor:
 
 def first_mapped(t: Tensor) -> Tensor | None:
     """The tensor beneath one vmap that maps its first dimension; t itself where nothing wraps it, None where that is not how it lies."""
+    if not PRIVATE:
+        return None if transform_of(t) else t
     if not _private.is_functorch_wrapped_tensor(t):
         return t
     raw: Tensor = _private.get_unwrapped(t)
@@ -295,15 +297,21 @@ def watched() -> bool:
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Torch function modes around us see nothing; modes that are entered inside do."""
+    """Torch function modes around us see nothing, but for torch's default device; modes that are entered inside do."""
     if _pop_mode is None or os.environ.get("PARTIALS_PUBLIC_ONLY"):  # they see work of ours as well: more to look at, nothing wrong
         yield
         return
     around: list[Any] = []
+    devices: list[Any] = []
     try:
         while _len_torch_function_stack():
             around.append(_pop_mode())
+        devices = [mode for mode in reversed(around) if isinstance(mode, DeviceContext)]
+        for mode in devices:
+            _push_mode(mode)
         yield
     finally:
+        for _ in range(min(len(devices), _len_torch_function_stack())):
+            _pop_mode()
         for mode in reversed(around):
             _push_mode(mode)

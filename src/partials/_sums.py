@@ -263,10 +263,16 @@ def _own_gram(members: Members) -> Tensor:
 
 
 def _own_grams(groups: list[Members]) -> list[Tensor]:
-    """The sum over the groups of the products of their rows with themselves: from the diagonal on, and mirrored once they are added."""
-    sides = [(widest(_bare(members[0][1].cotangent).flatten(2))[0], members) for members in groups]
-    if not sides:
-        return []
+    """The products of the groups' rows with themselves, added up where they have one dtype."""
+    by_dtype: dict[torch.dtype, list[tuple[Tensor, Members]]] = {}
+    for members in groups:
+        (g,) = widest(_bare(members[0][1].cotangent).flatten(2))
+        by_dtype.setdefault(g.dtype, []).append((g, members))
+    return [_mirrored(sides) for sides in by_dtype.values()]
+
+
+def _mirrored(sides: list[tuple[Tensor, Members]]) -> Tensor:
+    """The sum of the products of rows with themselves: from the diagonal on, and mirrored once they are added."""
     n, c = sides[0][0].shape[:2]
     rows = [g.flatten(0, 1) for g, _ in sides]
     dtype = reduce(torch.promote_types, [g.dtype for g in rows])
@@ -280,7 +286,7 @@ def _own_grams(groups: list[Members]) -> list[Tensor]:
             alike = _alike(members, members, lambda a, b: a[here] @ b[on].T)[:, None, :, None].to(dtype)  # noqa: B023
             tile.addcmul_(met, alike) if i else torch.mul(met, alike, out=tile)
         found[here, :, :start] = found[:start, :, here].permute(2, 3, 0, 1)
-    return [found]
+    return found
 
 
 def _gram(left: Members, right: Members) -> Tensor:

@@ -86,12 +86,15 @@ c10::Storage of_cpu(const c10::Storage& storage) {
   return held ? held->cpu : new_on_cpu(0);
 }
 
-Tensor tensor_on(const c10::Storage& storage, c10::DispatchKey key, const Tensor& like) {
-  auto made = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), c10::DispatchKeySet(key), like.dtype());
-  made.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
-  made._set_conj(like.is_conj());
-  made._set_neg(like.is_neg());
+Tensor like(Tensor made, const Tensor& other) {
+  made.unsafeGetTensorImpl()->set_sizes_and_strides(other.sizes(), other.strides(), other.storage_offset());
+  made._set_conj(other.is_conj());
+  made._set_neg(other.is_neg());
   return made;
+}
+
+Tensor tensor_on(const c10::Storage& storage, c10::DispatchKey key, const Tensor& other) {
+  return like(at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), c10::DispatchKeySet(key), other.dtype()), other);
 }
 
 // ---- random numbers ----
@@ -160,6 +163,11 @@ class Crossing {
     for (const auto& [ours, other] : pairs_)
       if (other.is_same(cpu))
         return ours;
+    for (const auto& [ours, other] : pairs_)
+      if (other.is_alias_of(cpu)) {  // (a view made in inference mode is of its base's kind)
+        auto view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(ours.storage()), ours.key_set(), cpu.dtype());
+        return like(view, cpu);
+      }
     return tensor_on(up(cpu.storage()), c10::DispatchKey::PrivateUse1, cpu);
   }
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,27 @@ def test_jacobians_are_right_either_way(private, f):
     J = pt.jacobian(function, x, params=[p])
     torch.testing.assert_close(J.dense(), pt.jacobian(function, x, params=[p], method="loop").dense(), rtol=1e-11, atol=1e-12)
     assert (J.plan.method == "capture") == (private or f == "plain")
+
+
+def test_what_is_plain_is_its_own_batch(private):
+    seen, x = [], torch.zeros(2, 3)
+    assert _compat.first_mapped(x) is x
+    vmap(lambda t: seen.append(_compat.first_mapped(t)) or t)(x)
+    vmap(lambda t: seen.append(_compat.first_mapped(t)) or t, in_dims=1)(x)
+    assert seen[1] is None and (seen[0] is not None and torch.equal(seen[0], x)) is private
+
+
+@pytest.mark.parametrize("below", ["private", "public"])
+def test_samples_that_run_apart_with_torch_decomposing_or_not(below, monkeypatch):
+    if not _compat.PRIVATE:
+        pytest.skip("this torch has no such names")
+    if below == "public":
+        monkeypatch.setattr(_compat, "Below", nullcontext)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    expected = pt.jacobian(net, x, method="loop").dense()
+    for _ in range(4):
+        torch.testing.assert_close(pt.jacobian(net, x, randomness="same").dense(), expected, rtol=1e-11, atol=1e-12)
 
 
 def test_batch_dimensions_are_found_through_two_levels():

@@ -180,4 +180,10 @@ def test_dtypes_that_differ_are_promoted_and_halves_do_not_overflow():
     with torch.no_grad():
         assert sums.rmatmul(torch.ones(2, 1, 1)).dtype == torch.float32
         near(sums.squared_norms().double(), torch.full((2, 1), 6 * 4 * 300.0**2 + 3).double())
+        double = layer(2, 1, 4, 3)
+        both = Sums({**{f"{name} in double": group for name, group in double.items()}, **blocks})
+        rows = rows_of(double)
+        expected = torch.full((2, 1, 2, 1), 6 * 4 * 300.0**2 + 3).double() + torch.einsum("ncp,mdp->ncmd", rows, rows)
+        assert both.gram(both).dtype == torch.float64
+        near(both.gram(both), expected)
         near(sums.gram(sums).double(), torch.full((2, 1, 2, 1), 6 * 4 * 300.0**2 + 3).double())

@@ -6,13 +6,14 @@ import functools
 import types
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from .._compat import unwatched
+from .._state import rng_kept
 from .._typing import Function, Tensor
 from .coordinates import Call
 from .transforms import inside_transform
@@ -38,8 +39,9 @@ def without_trace(call: Call, *, watched: bool = False) -> Iterator[None]:
         buffer for part in parts(call.function) if isinstance(part, nn.Module) for buffer in part.buffers() if not buffer.is_inference()
     ]
     saved = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers]
-    devices = sorted({tensor.device.index for tensor in call.tensors.values() if tensor.is_cuda})
-    with nullcontext() if watched else unwatched(), torch.random.fork_rng(devices=devices):
+    with nullcontext() if watched else unwatched(), ExitStack() as generators:
+        for device in {tensor.device for tensor in call.tensors.values()} or {torch.device("cpu")}:
+            generators.enter_context(rng_kept(device))
         try:
             yield
         finally:
