@@ -146,8 +146,6 @@ def _bytes(state: Tensor) -> bytes:
     return string_at(state.data_ptr(), state.numel())
 
 
-_LAST: list[bytes] = [b""]
-"""The CPU's state at the end of the last run that drew nothing."""
 Copies = tuple[torch.Generator, Tensor | None]
 
 
@@ -158,16 +156,10 @@ def generators(device: torch.device) -> Copies:
 
 
 def unmoved(copies: Copies, device: torch.device) -> bool:
-    """Whether no random numbers were drawn since the copies were made.
-
-    Calls follow one another with nothing drawn in between more often than not: then the CPU's state equals the one at the end of the last
-    call, and the copy is not looked into.
-    """
-    (first, other), now = copies, _bytes(default_generator.get_state())
-    if now != _LAST[0]:
-        if now != _bytes(first.get_state()):
-            return False
-        _LAST[0] = now
+    """Whether no random numbers were drawn since the copies were made."""
+    first, other = copies
+    if _bytes(default_generator.get_state()) != _bytes(first.get_state()):
+        return False
     return other is None or _bytes(other) == _bytes(_own_numbers(device).get_rng_state(*place(device)))
 
 

@@ -24,6 +24,7 @@ from .._signature import rebuild, usable, walk
 from .._state import drawn_from
 from .._typing import Tensor
 from .draws import Draws
+from .own_backward import own_backward
 from .subject import Subject
 from .tolerance import Tolerance, distance, size
 
@@ -50,9 +51,11 @@ class Cloud:
 def cloud(subject: Subject, n: int, u: Tensor, entries: Mapping[str, Tensor], tolerance: Tolerance, *, copies: bool = True) -> Cloud | None:
     """The cloud of sample n with weights u (C,), of the `entries` of some targets; None where f does not run on other tensors.
 
-    Without `copies` the sample is always alone: where a function may mix samples, copies of one are no sample by itself.
+    Without `copies` the sample is always alone: where a function, or a backward of the user's own, may mix samples, copies of one are no
+    sample by itself.
     """
     problem = subject.problem
+    copies = copies and not own_backward(problem)
     hosts = [[(problem, n)]]
     if problem.batched and problem.random_state is None:
         index = torch.tensor([n], device=u.device)
