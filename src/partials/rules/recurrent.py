@@ -67,6 +67,8 @@ def _stack(
 ) -> tuple[Tensor, ...]:
     """All layers: (T, B, I) or packed (R, I) to the last one's output, and the final states (layers * directions, B, H)."""
     states = [state] if isinstance(state, Tensor) else list(state)
+    if dropout and train and layers > 1 and x.is_cuda:
+        raise NoRule("cuDNN draws the masks between recurrent layers in a way of its own")
     if batch_first:
         x = x.transpose(0, 1)
     sizes = (x.shape[1],) * x.shape[0] if batch_sizes is None else tuple(batch_sizes.tolist())
