@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from .._blocks import Block
 from .._compat import batched, body_of, first_mapped, reverse, transform_now
 from .._errors import PartialsError
-from .._machine import share
+from .._machine import out_of_memory, share
 from .._plan import LARGE
 from .._problem import Problem
 from .._signature import rebuild, tensors_in
@@ -47,7 +47,9 @@ def replayed(problem: Problem) -> Computed | None:
             found = _answer(problem, script, run, values, whole)
         except PartialsError:
             raise
-        except Exception:  # (Refused, or a reverse pass that fails: the recorder's run says it)
+        except Exception as error:  # (Refused, or a reverse pass that fails: the recorder's run says it)
+            if out_of_memory(error):
+                raise
             found = None
         if found is not None:
             history.kept += 1
