@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import partials as pt
+from partials.capture.known import LAYOUTS
 
 from .repeated import Call, N, Switched, apart, mlp, play, straight
 
@@ -563,3 +566,64 @@ def buffers_that_change():
 @pytest.mark.parametrize("name", CASES)
 def test_calls_in_a_row(name, check):
     play(CASES[name](), check)
+
+
+def _ends(lengths):
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _members(lengths):
+    return torch.as_tensor(np.repeat(np.arange(N), lengths)[None] == np.arange(N)[:, None])
+
+
+def _attended(y, lengths):
+    queries = torch.zeros(1, N, y.shape[1])
+    return F.scaled_dot_product_attention(queries, y[None], y[None], _members(lengths)[None])[0] * torch.as_tensor(lengths)[:, None]
+
+
+POOLS = {
+    "bounds of numpy": lambda y, n: torch.stack([y[a:b].sum(0) for a, b in itertools.pairwise(_ends(n))]),
+    "bounds of tensors": lambda y, n: torch.stack([y[a:b].sum(0) for a, b in itertools.pairwise(torch.as_tensor(_ends(n)))]),
+    "narrow": lambda y, n: torch.stack([y.narrow(0, a, b - a).sum(0) for a, b in itertools.pairwise(_ends(n))]),
+    "split": lambda y, n: torch.stack([part.sum(0) for part in y.split(list(np.array(n)))]),
+    "a mask of numpy": lambda y, n: torch.stack([y[mask].sum(0) for mask in _members(n).numpy()]),
+    "segments": lambda y, n: torch.segment_reduce(y, "sum", lengths=torch.as_tensor(n), axis=0),
+    "expanded": lambda y, n: (y[None].expand(N, -1, -1) * _members(n)[..., None]).sum(1),
+    "filled": lambda y, n: y[None].repeat(N, 1, 1).masked_fill(~_members(n)[..., None], 0.0).sum(1),
+    "attention": _attended,
+}
+"""Sums over the tokens of each of N samples, of the lengths n; there are 2 N tokens whatever the lengths are."""
+
+
+@pytest.mark.parametrize("check", ["never", "first"])
+@pytest.mark.parametrize("name", POOLS)
+def test_samples_of_other_lengths(name, check):
+    torch.manual_seed(0)
+    LAYOUTS.clear()
+    layer = nn.Linear(3, 5)
+    for lengths in ([2, 2, 2, 2], [2, 2, 2, 2], [2, 2, 2, 2], [1, 3, 2, 2], [3, 1, 1, 3], [2, 2, 2, 2]):
+        x, own = torch.randn(N, 4, 3), torch.arange(4)[None] < torch.tensor(lengths)[:, None]
+        J = pt.jacobian(lambda x, own=own, lengths=lengths: POOLS[name](layer(x[own]).tanh(), lengths), x, params=layer, check=check)
+        for i in range(N):
+            expected = torch.autograd.grad(layer(x[i][own[i]]).tanh().sum(0)[1], layer.weight)[0]
+            torch.testing.assert_close(J["weight"][i, 1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("check", ["never", "first"])
+def test_inference_that_ends(check):
+    torch.manual_seed(0)
+    model, x, frozen = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3), True
+
+    def f(x):
+        with torch.inference_mode(frozen):
+            h = torch.tanh(model[0](x))
+        return model[1](h.clone())
+
+    for turn in range(6):
+        frozen = turn < 3
+        J = pt.jacobian(f, x, params=model, check=check)
+        if frozen:
+            assert not J["0.weight"].any()
+        else:
+            expected = torch.autograd.grad(f(x)[2, 1], model[0].weight)[0]
+            torch.testing.assert_close(J["0.weight"][2, 1], expected)

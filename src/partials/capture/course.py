@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from functools import lru_cache
+from operator import index
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class Course:
 
     def note(self, func: Any, value: Any) -> None:
         """Add an argument that is no tensor and no container."""
+        value = told(value)
         kind: Any = type(value)
         if kind is int or kind is float:
             if func in SIZED and value > 1:
@@ -124,5 +126,16 @@ def contents(value: Any) -> Collection[Any] | None:
 
 
 def _bound(value: Any) -> Hashable:
+    value = told(value)
     kind: Any = type(value)
     return value if value is None or kind is int else kind
+
+
+def told(value: Any) -> Any:
+    """A number of numpy's, or of a tensor that bounds a slice, as Python's own."""
+    if type(value) in (int, float, bool, str, slice) or value is None or not hasattr(value, "__index__"):
+        return value
+    try:
+        return index(value)
+    except (TypeError, RuntimeError):  # (an array, or the tensor of a transform)
+        return value

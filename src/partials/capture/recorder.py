@@ -35,7 +35,7 @@ from ..rules import (
 )
 from .beneath import Placement, at_once, settled
 from .course import LONGEST, Course, Lengths, contents, form, wrapped
-from .routes import EXPANDS, Uniform, constant, gains, multiplies, picks, routes, writes
+from .routes import EXPANDS, Uniform, constant, gains, multiplies, picks, pools, routes, spreads, writes
 from .trace import Refused, Trace, Use, edge_of, label
 
 
@@ -102,6 +102,8 @@ class Recorder(TorchFunctionMode):
                 self._note_lengths(out)
             elif routes(func) or (picks(func, args) and not self._fixed(args, out)):
                 self.trace.routed = True
+            else:
+                self.trace.routed |= func in EXPANDS and self.depends(args[0]) and spreads(args[0], out, self.course.n)
         return out
 
     def _fixed(self, args: Any, out: Any) -> bool:
@@ -143,7 +145,7 @@ class Recorder(TorchFunctionMode):
         self.constants = []
         if picks(func, args):
             return  # (told by its index, if at all: see `_fixed`)
-        if not multiplies(func):
+        if not multiplies(func) and not pools(func, args, n):
             samples = [t for t in tensors_in((*args, *kwargs.values())) if self.depends(t)]
             found = [t for t in found if gains(t, samples, n)]
         for t in found if self.transforming else [t for t in found if t not in self.uniform]:

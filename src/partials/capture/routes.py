@@ -35,11 +35,11 @@ _NAMES = (
     *("index_select", "gather", "take", "take_along_dim", "masked_select", "sort", "argsort", "topk", "nonzero", "argwhere"),
     *("index_put", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
     *("index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter_"),
-    *("repeat_interleave", "tensor_split", "unique", "unique_consecutive", "numpy", "__array__"),
+    *("repeat_interleave", "segment_reduce", "tensor_split", "unique", "unique_consecutive", "numpy", "__array__"),
 )
 _ROUTES = frozenset(getattr(owner, name) for owner in (torch, torch.Tensor) for name in _NAMES if hasattr(owner, name))
 _PRODUCTS = ("mm", "mv", "matmul", "dot", "einsum", "linear", "conv", "inner", "kron", "solve", "lstsq", "embedding", "index", "take")
-_PICKS = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
+PICKS = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _SERIALS: dict[int, tuple[weakref.ref[Any], int]] = {}
 _NEXT = itertools.count(1)
 
@@ -107,12 +107,36 @@ def routes(func: Any) -> bool:
 
 def by_data(index: Any) -> bool:
     """Whether an index picks entries by a tensor or a list, not by numbers and slices alone."""
-    return any(isinstance(part, Tensor | list) for part in (index if isinstance(index, tuple) else (index,)))
+    return any(isinstance(part, Tensor | list) or _array(part) for part in (index if isinstance(index, tuple) else (index,)))
+
+
+def _array(value: Any) -> bool:
+    """Whether this is numpy's, or anybody's, that has several numbers."""
+    return getattr(value, "ndim", 0) > 0 and hasattr(value, "__array__")
+
+
+def bounded(index: Any) -> bool:
+    """Whether a tensor bounds a slice: its value is seen when the index is read, and not again."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(b, Tensor) for part in parts if isinstance(part, slice) for b in (part.start, part.stop, part.step))
+
+
+def spreads(before: Tensor, after: Any, n: int) -> bool:
+    """Whether an expansion gives what depends on the samples a dimension that could hold them a second time."""
+    if n < 2 or not isinstance(after, Tensor):
+        return False
+    old = (1,) * (after.ndim - before.ndim) + tuple(before.shape)
+    return any(size > 1 and size % n == 0 and size != its for size, its in zip(after.shape, old, strict=True))
+
+
+def pools(func: Any, args: Any, n: int) -> bool:
+    """Whether samples lie along the queries of an attention, where a mask says which of them get what."""
+    return func is torch.nn.functional.scaled_dot_product_attention and bool(args) and n > 1 and args[0].shape[0] % n != 0
 
 
 def picks(func: Any, args: Any) -> bool:
     """Whether this is an index that picks entries by a tensor or a list."""
-    return func in _PICKS and by_data(args[1])
+    return func in PICKS and by_data(args[1])
 
 
 @lru_cache(maxsize=4096)

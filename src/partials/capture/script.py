@@ -30,7 +30,7 @@ from .course import Lengths
 from .describe import formless, sizes_of
 from .layout import Layout
 from .recorder import Recorder
-from .routes import EXPANDS, Constant, writes
+from .routes import EXPANDS, PICKS, Constant, bounded, writes
 from .trace import Trace, Use
 
 NAME = "_partials_step"
@@ -284,6 +284,8 @@ class Scribe(Recorder):
         draft.steps.append(None)
         out = super().__torch_function__(func, types, args, kwargs)
         draft.plain &= _told_again(func, kwargs) and not draft.names.lost and _compat.transform_now() == self.level
+        draft.plain &= not torch.is_inference_mode_enabled()  # (which no mode sees begin or end)
+        draft.plain &= not (func in PICKS and bounded(args[1]))
         if draft.plain:
             used = self._used(step, args, kwargs, out, self.trace.uses[uses:], within=len(draft.steps) > at + 1)
             draft.steps[at], draft.plain = used, used is not None
