@@ -49,6 +49,10 @@ class Block(ABC):
     def nbytes(self) -> int:
         """Bytes that the block's tensors hold."""
 
+    def keeps(self, rows: Tensor) -> bool:
+        """Whether dense rows are the block's own memory: who writes to them would change it."""
+        return False
+
     def write(self, out: Tensor, *, add: bool = False) -> None:
         """Write (or add) the dense rows into `out`, (N, C, p), which may be a strided view."""
         flat = self._flat()
@@ -161,6 +165,9 @@ class Factored(Block):
     @abstractmethod
     def cotangent(self) -> Tensor:
         """(N, C, *features)."""
+
+    def keeps(self, rows: Tensor) -> bool:
+        return self.cotangent.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
 
     @abstractmethod
     def through(self, k: int) -> bool:

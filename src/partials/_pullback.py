@@ -11,6 +11,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ._blocks import Block, Dense, Index, size_of
+from ._compat import inside_transform
 from ._errors import StaleError
 from ._typing import Shape, Tensor
 
@@ -203,8 +204,10 @@ class Pullback(Block):
         """d derived / d parameter . v, as the derivative of the vector-Jacobian product in its (linear) cotangent.
 
         None where torch has no such second derivative, or a wrong one: <push v, w> must be <v, pull w>, and is not for an embedding's
-        padding row or its scale by frequency.
+        padding row or its scale by frequency. Under a transform nobody may ask.
         """
+        if inside_transform():
+            return None
         with torch.enable_grad():
             w = self._cotangent().requires_grad_()
             (pulled,) = torch.autograd.grad(self.derived, self._end, w, retain_graph=True, create_graph=True, allow_unused=True)

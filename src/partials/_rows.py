@@ -15,6 +15,7 @@ from . import _algebra, _pieces
 from ._algebra import Blocks
 from ._blocks import size_of
 from ._columns import Columns
+from ._compat import inside_transform
 from ._errors import InputError, MemoryBudgetError, MethodError, StaleError
 from ._machine import share
 from ._moved import moved, same_place
@@ -233,7 +234,10 @@ class AbstractJacobian(ABC):
     def _rows_of(self, name: str) -> Tensor:
         self._demand((*self._flat, *self.columns.shapes[self.columns.name(name)]), self.dtype)
         with self._reading():
-            return self._fold(_algebra.rows(self.blocks[self.columns.name(name)]))
+            group = self.blocks[self.columns.name(name)]
+            rows = _algebra.rows(group)
+            own = self.attached or inside_transform() or not any(block.keeps(rows) for block in group)
+            return self._fold(rows if own else rows.clone())
 
     def _select(self, key: Any) -> Self:
         if not self.batched:

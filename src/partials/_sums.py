@@ -16,6 +16,7 @@ import torch
 from . import _formulas
 from ._algebra import Blocks, pairs, squared_norms, sum_of
 from ._blocks import Block, Factored, size_of
+from ._compat import inside_transform
 from ._factors import Outer
 from ._gather import across, cat, contracted, folded, in_chunks, own, widest
 from ._products import dots, rows_by_rows, strip_of
@@ -54,7 +55,7 @@ class Sums:
     def rmatmul(self, u: Tensor) -> Tensor:
         """J^T u: (N, C, k) -> (P, k), each parameter's part written to its place."""
         k, sizes = u.shape[-1], self._sizes
-        if self.attached:
+        if self.attached or inside_transform():  # (which writes to no memory that is not its own)
             parts = [sum_of([block.rmatmul(u) for block in group]) for group in self.blocks.values()]
             return torch.cat([part.reshape(size, k) for part, size in zip(parts, sizes, strict=True)])
         flat = u.new_empty(sum(sizes), k, dtype=self.dtype)

@@ -112,6 +112,24 @@ def test_transposed_matmul(made):
     assert made.J.T.shape == (made.p, *made.lead)
 
 
+def test_products_under_vmap(made):
+    U, V = data(3, *made.lead), data(3, made.p)
+    near(torch.vmap(lambda u: made.J.T @ u)(U), U.flatten(1) @ made.D.flatten(0, 1))
+    near(torch.vmap(lambda v: made.J @ v)(V), (V @ made.D.flatten(0, 1).T).reshape(3, *made.lead))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["auto", "loop", "vmap"])
+def test_who_writes_to_rows_changes_no_jacobian(name, method):
+    if method in CASES[name].refuses:
+        pytest.skip(CASES[name].refuses[method])
+    J = CASES[name].make().jacobian(check="never", method=method)
+    before = J.dense()
+    for rows in J.dict().values():
+        rows.fill_(torch.nan)
+    assert torch.equal(J.dense(), before)
+
+
 def test_unflatten(made):
     v = data(made.p)
     parts = made.J.unflatten(v)

@@ -98,6 +98,8 @@ class Course:
                 self.entries.append("N" if self.n and value % self.n == 0 else "size")
             elif func not in ENTRY_BY_ENTRY:
                 self.entries.append(value if kind is int else kind)
+            else:
+                self.entries.append("shut" if value == 0 else "open")
         elif kind is slice:
             self.entries += (_bound(value.start), _bound(value.stop), _bound(value.step))
         else:

@@ -35,7 +35,7 @@ from ..rules import (
 )
 from .beneath import Placement, at_once, settled
 from .course import LONGEST, Course, Lengths, contents, form, wrapped
-from .routes import EXPANDS, Uniform, constant, gains, multiplies, picks, pools, routes, spreads, writes
+from .routes import EXPANDS, Uniform, constant, gains, multiplies, opens, picks, pools, routes, spreads, writes
 from .trace import Refused, Trace, Use, edge_of, label
 
 
@@ -175,6 +175,7 @@ class Recorder(TorchFunctionMode):
                     entry = form(value.shape, course.n)
                     if course.n > 1 and 2 in entry:
                         self.constants.append(value)
+                    entry = *entry, opens(func, value)
                 course.entries.append(entry)
             elif (inner := contents(value)) is None:
                 course.note(func, value)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import _compat
 from .._signature import tensors_in
 from .._typing import Tensor
 from ..rules.elementwise import ENTRY_BY_ENTRY
@@ -144,6 +145,17 @@ def multiplies(func: Any) -> bool:
     """Whether values of one argument may decide where entries of another go: a product, a pick. (Not attention: masks add to scores.)"""
     name = str(func).partition(".")[2] if isinstance(func, _OPERATORS) else getattr(func, "__name__", "")
     return func not in ENTRY_BY_ENTRY and "attention" not in name and any(word in name for word in _PRODUCTS)
+
+
+def opens(func: Any, t: Tensor) -> bool | None:
+    """Whether a constant of one number lets through what it meets entry by entry: behind a gate that is shut every layout fits.
+
+    None of other tensors, and where the answer would have to be waited for.
+    """
+    if func not in ENTRY_BY_ENTRY or t.numel() != 1 or type(t) is not Tensor or t.requires_grad:
+        return None
+    plain = t.device.type == "cpu" and t.layout is torch.strided and not _compat.transform_of(t)
+    return bool(t) if plain else None
 
 
 def gains(constant: Tensor, samples: Iterable[Tensor], n: int) -> bool:

@@ -30,7 +30,7 @@ from .course import Lengths
 from .describe import formless, sizes_of
 from .layout import Layout
 from .recorder import Recorder
-from .routes import EXPANDS, PICKS, Constant, bounded, writes
+from .routes import EXPANDS, PICKS, Constant, bounded, opens, writes
 from .trace import Trace, Use
 
 NAME = "_partials_step"
@@ -162,9 +162,9 @@ class Names:
             if isinstance(value, Tensor):
                 name = self.of(value)
                 form = value.shape, value.dtype, _compat.transform_of(value)
-                words.append((Tensor, name) if name else object() if self.lost else form)
+                words.append((Tensor, name) if name else object() if self.lost else (*form, opens(func, value)))
             elif kind is float or kind is int:
-                words.append(kind if func in ENTRY_BY_ENTRY else value if kind is int else (float, value))
+                words.append((kind, value == 0) if func in ENTRY_BY_ENTRY else value if kind is int else (float, value))
             elif kind in _AS_THEY_ARE:
                 words.append(value)
             elif kind is list or isinstance(value, tuple):
